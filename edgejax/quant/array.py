@@ -1,0 +1,106 @@
+"""A weight held in 4 or 8 bits, one scale (and for affine codes one minimum) a block of inputs.
+
+    w[o, i] = code[o, i] * scale[o, i // Q] + minimum[o, i // Q]
+
+This is exactly GGUF's Q4_1 and Q4_K (affine, 4 bits), Q4_0 (its minimum is -8 * scale), Q8_0 (8 bits, no
+minimum), Q5_K and Q6_K (their codes fit 8 bits), so a file in those types is held without any change of
+value. Invariants: codes of 4 bits are 0..15, packed eight to a ``uint32`` word, element ``i`` in bits
+``4 * (i % 8)`` of word ``i // 8`` (words, not bytes: mobile GPU compilers get sub-word shifts wrong); codes of
+8 bits are ``int8``; a block never crosses a row; an all-zero block decodes to exact zeros.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from edgejax.core.arrays import Array
+
+NIBBLES_PER_WORD = 8
+NIBBLE_SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """``[..., O, I]`` weights in ``bits`` bits; see the module's docstring for the code.
+
+    Attributes:
+      codes: 4 bits: uint32 ``[..., O, I // 8]``; 8 bits: int8 ``[..., O, I]``.
+      scale: float16 or float32 ``[..., O, I // Q]``.
+      minimum: as ``scale``, or None for a symmetric code.
+      bits: 4 or 8 (static).
+    """
+
+    codes: Int[Array, "..."]
+    scale: Float[Array, "..."]
+    minimum: Float[Array, "..."] | None
+    bits: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight it stands for."""
+        *lead, last = self.codes.shape
+        return (*lead, last * NIBBLES_PER_WORD if self.bits == 4 else last)
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def block(self) -> int:
+        """Inputs that share one scale."""
+        return self.shape[-1] // self.scale.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored, scales included."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_element(self) -> float:
+        return 8 * self.nbytes / self.size
+
+    def dequantize(self, dtype=jnp.float32) -> Float[Array, "..."]:
+        """The weights ``[..., O, I]``, computed in float32 and cast to ``dtype``."""
+        return dequantize(self, dtype)
+
+    def __getitem__(self, index) -> "QuantizedArray":
+        """Index leading axes (layers, rows); the last axis cannot be cut."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+
+Weight = Array | QuantizedArray
+
+
+def is_quantized(leaf) -> bool:
+    """For ``is_leaf=`` in tree functions."""
+    return isinstance(leaf, QuantizedArray)
+
+
+def dequantize(weight: QuantizedArray | Array, dtype=jnp.float32) -> Float[Array, "..."]:
+    """``[..., O, I]`` in ``dtype``; a plain array is only cast."""
+    if not isinstance(weight, QuantizedArray):
+        return jnp.asarray(weight).astype(dtype)
+    shape = weight.shape
+    codes = weight.codes
+    if weight.bits == 4:
+        codes = ((codes[..., None] >> NIBBLE_SHIFTS) & 15).astype(jnp.int32)
+    blocks = codes.astype(jnp.float32).reshape(*shape[:-1], -1, weight.block)
+    values = blocks * weight.scale.astype(jnp.float32)[..., None]
+    if weight.minimum is not None:
+        values = values + weight.minimum.astype(jnp.float32)[..., None]
+    return values.reshape(shape).astype(dtype)
+
+
+def take_rows(weight: Weight, rows: Int[Array, "..."], dtype=jnp.float32) -> Float[Array, "... I"]:
+    """Rows of an ``[V, I]`` table (an embedding look-up) without widening the table."""
+    if isinstance(weight, QuantizedArray):
+        return dequantize(jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), weight), dtype)
+    return jnp.take(weight, rows, axis=0).astype(dtype)
