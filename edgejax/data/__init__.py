@@ -1,1 +1,4 @@
+from edgejax.data.batch import Batch
+from edgejax.data.tokenizer import Tokenizer
 
+__all__ = ["Batch", "Tokenizer"]
