@@ -1,1 +1,4 @@
+"""Causal attention with grouped heads, segments and sliding windows."""
 
+from edgejax.kernels.attention.api import attention as attention
+from edgejax.kernels.attention.reference import attention_reference as attention_reference

@@ -1,0 +1,114 @@
+"""A decoder as three pure functions: embed, block, head. Every schedule is made of these and nothing else."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from edgejax.core.arrays import Array, PyTree
+from edgejax.data.batch import Batch
+from edgejax.kernels.attention import attention
+from edgejax.losses import next_token_loss
+from edgejax.models.config import ModelConfig
+from edgejax.models.layers import INIT_STD, Block, RMSNorm
+from edgejax.models.lora import LoraConfig
+from edgejax.models.rope import RopeTables, rope_tables
+from edgejax.quant import Weight, take_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The functions of one model. Parameters are passed in; the object holds only static settings.
+
+    Parameter tree (L = layers, first axis of every leaf below ``blocks``)::
+
+        {"embed": {"table": [V, D]},
+         "blocks": {"q_proj": {"kernel": [L, O, I]}, ..., "attn_norm": {"scale": [L, D]}, ...},
+         "final_norm": {"scale": [D]},
+         "head": {"kernel": [V, D]}}          # absent where the head is the embedding table
+
+    Adapters: ``{"blocks": {"q_proj": {"lora_a": [L, R, I], "lora_b": [L, O, R]}, ...}}``.
+    """
+
+    config: ModelConfig
+    lora: LoraConfig | None = None
+
+    def init(self, key: Array) -> PyTree:
+        """Random float32 parameters (normal, std 0.02; norms one, biases zero)."""
+        config = self.config
+        k_embed, k_blocks, k_head = jax.random.split(key, 3)
+        rope = rope_tables(config, jnp.zeros((1, 1), jnp.int32))
+        h = jnp.zeros((1, 1, config.d_model))
+
+        def init_block(block_key):
+            return Block(config).init(block_key, h, rope, jnp.array(False), method=_one_block)["params"]
+
+        table = (config.vocab_size, config.d_model)
+        params = {
+            "embed": {"table": INIT_STD * jax.random.normal(k_embed, table)},
+            "blocks": jax.vmap(init_block)(jax.random.split(k_blocks, config.n_layers)),
+            "final_norm": {"scale": jnp.ones(config.d_model)},
+        }
+        if not config.tie_embeddings:
+            params["head"] = {"kernel": INIT_STD * jax.random.normal(k_head, table)}
+        return params
+
+    def embed(self, params: PyTree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token embeddings, float32."""
+        h = take_rows(params["embed"]["table"], tokens)
+        return h if self.config.embed_scale == 1.0 else h * jnp.float32(self.config.embed_scale)
+
+    def rope(self, positions: Int[Array, "B T"]) -> RopeTables:
+        """Rotary tables of a batch, shared by all its layers."""
+        return rope_tables(self.config, positions)
+
+    def block(
+        self,
+        block_params: PyTree,
+        block_adapters: PyTree,
+        h: Float[Array, "B T D"],
+        rope: RopeTables,
+        segment_ids: Int[Array, "B T"] | None = None,
+        sliding: Bool[Array, ""] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """One layer: ``block_params`` and ``block_adapters`` are one slice of the stacks."""
+        variables = {"params": block_params, "lora": block_adapters}
+        return Block(self.config, self.lora).apply(
+            variables, h, rope, sliding, segment_ids, method=_one_block
+        )
+
+    def sliding_flags(self) -> Bool[np.ndarray, " L"] | None:
+        """Per layer, whether it is a sliding one; None where the model has none."""
+        return np.array(self.config.sliding_layers) if any(self.config.sliding_layers) else None
+
+    def final_norm(self, params: PyTree, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The norm before the head."""
+        return RMSNorm(self.config.norm_eps).apply({"params": params["final_norm"]}, h)
+
+    def head_weight(self, params: PyTree) -> Weight:
+        """``[V, D]``: the head, or the embedding table where they are tied."""
+        return params["embed"]["table"] if self.config.tie_embeddings else params["head"]["kernel"]
+
+    def head_loss(
+        self, params: PyTree, h: Float[Array, "B T D"], batch: Batch, *, frozen: bool
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        """Loss sum and number of counted tokens from the last layer's output."""
+        return next_token_loss(
+            self.final_norm(params, h), self.head_weight(params), batch, frozen_head=frozen
+        )
+
+
+def _one_block(module: Block, h, rope, sliding, segment_ids=None):
+    q, k, v = module.project(h, rope, sliding)
+    attended = attention(
+        q,
+        k,
+        v,
+        segment_ids,
+        scale=module.config.query_scale,
+        window=module.config.sliding_window if any(module.config.sliding_layers) else None,
+        use_window=sliding,
+    )
+    return module.finish(h, attended)

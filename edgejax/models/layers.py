@@ -1,0 +1,114 @@
+"""The Flax modules of one decoder layer.
+
+Variables live in two collections: ``params`` (the base, frozen or trained) and ``lora`` (adapters). A module
+sees one layer; stacking, scanning and storing are the schedule's business.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Bool, Float
+
+from edgejax.core.arrays import Array
+from edgejax.kernels.quant_matmul import quant_matmul
+from edgejax.models.config import ModelConfig
+from edgejax.models.lora import LoraConfig
+from edgejax.models.rope import RopeTables, rotate
+
+INIT_STD = 0.02
+
+
+class Linear(nn.Module):
+    """``y = W x + b + scaling * B (A x)``; the last term where the ``lora`` collection holds this layer.
+
+    A float32 kernel is differentiated as usual; any other (bf16, float16, quantised) is frozen, stays as it is
+    stored, and is read through ``quant_matmul``.
+    """
+
+    n_out: int
+    use_bias: bool = False
+    lora_scaling: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        kernel = self.variable("params", "kernel", self._init_kernel, x.shape[-1]).value
+        y = _dot(x, kernel)
+        if self.use_bias:
+            y = y + self.variable("params", "bias", jnp.zeros, (self.n_out,)).value
+        if self.has_variable("lora", "lora_a"):
+            a, b = self.get_variable("lora", "lora_a"), self.get_variable("lora", "lora_b")
+            y = y + _dot(_dot(x, a) * self.lora_scaling, b)
+        return y
+
+    def _init_kernel(self, n_in: int):
+        return INIT_STD * jax.random.normal(self.make_rng("params"), (self.n_out, n_in), jnp.float32)
+
+
+def _dot(x, kernel):
+    if isinstance(kernel, jax.Array) and kernel.dtype == jnp.float32:
+        return x @ kernel.T
+    return quant_matmul(x, kernel)
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.variable("params", "scale", jnp.ones, (x.shape[-1],)).value
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(mean_square + self.eps) * scale
+
+
+class Block(nn.Module):
+    """One decoder layer, in two halves around attention so that training and cached decoding share it."""
+
+    config: ModelConfig
+    lora: LoraConfig | None = None
+
+    def setup(self):
+        config, biases = self.config, self.config.linear_biases()
+        scaling = self.lora.scaling if self.lora else 1.0
+        for name, (n_out, _) in config.linear_shapes().items():
+            setattr(self, name, Linear(n_out, biases[name], scaling))
+        for name in config.norm_widths():
+            setattr(self, name, RMSNorm(config.norm_eps))
+
+    def project(
+        self, h: Float[Array, "B T D"], rope: RopeTables, sliding: Bool[Array, ""] | None
+    ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T K C"], Float[Array, "B T K C"]]:
+        """Queries, keys and values, rotated to their positions."""
+        config = self.config
+        x = self.attn_norm(h)
+        q, k, v = (
+            layer(x).reshape(*x.shape[:-1], heads, config.head_dim)
+            for layer, heads in (
+                (self.q_proj, config.n_heads),
+                (self.k_proj, config.n_kv_heads),
+                (self.v_proj, config.n_kv_heads),
+            )
+        )
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = rope.cos, rope.sin
+        if rope.cos_sliding is not None:
+            cos = jnp.where(sliding, rope.cos_sliding, cos)
+            sin = jnp.where(sliding, rope.sin_sliding, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def finish(self, h: Float[Array, "B T D"], attended: Float[Array, "B T H C"]) -> Float[Array, "B T D"]:
+        """The layer's output from its input and what attention gave."""
+        config = self.config
+        attended = checkpoint_name(attended, "attended")
+        x = self.o_proj(attended.reshape(*h.shape[:-1], -1))
+        h = h + (self.attn_post_norm(x) if config.post_norms else x)
+        h = checkpoint_name(h, "mlp_input")
+        x = self.mlp_norm(h)
+        gate = checkpoint_name(self.gate_proj(x), "gate")
+        up = checkpoint_name(self.up_proj(x), "up")
+        gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        x = self.down_proj(gate * up)
+        return h + (self.mlp_post_norm(x) if config.post_norms else x)
