@@ -1,0 +1,74 @@
+"""The public API: importing is silent and light, and every public name is explained."""
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import edgejax
+
+ROOMS = ("core", "quant", "kernels", "models", "weights", "data", "losses", "train", "measure")
+PACKAGES = ["edgejax", *(f"edgejax.{room}" for room in ROOMS)]
+
+
+def public_objects(package: str) -> list[tuple[str, object]]:
+    module = importlib.import_module(package)
+    return [(f"{package}.{name}", getattr(module, name)) for name in getattr(module, "__all__", ())]
+
+
+def test_import_touches_no_backend_and_prints_nothing():
+    program = (
+        "import sys, edgejax\n"
+        "import importlib.util\n"
+        "if 'jax' in sys.modules:\n"
+        "    from jax._src import xla_bridge\n"
+        "    assert not xla_bridge.backends_are_initialized(), 'a back end was started'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_functions_and_classes_have_docstrings(package):
+    objects = public_objects(package)
+    bare = [
+        name
+        for name, thing in objects
+        if (inspect.isfunction(thing) or inspect.isclass(thing)) and not _own_docstring(thing)
+    ]
+    assert bare == []
+
+
+@pytest.mark.quick
+def test_every_lazy_name_resolves_and_unknown_names_do_not():
+    for name in edgejax.__all__:
+        assert getattr(edgejax, name) is not None
+    assert set(edgejax.__all__) <= set(dir(edgejax))
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        edgejax.no_such_thing  # noqa: B018  the access is the test
+
+
+@pytest.mark.quick
+def test_every_module_imports():
+    for module in pkgutil.walk_packages(edgejax.__path__, "edgejax."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
+@pytest.mark.quick
+def test_kernels_is_inside_the_package():
+    import edgejax.kernels
+
+    assert edgejax.kernels.__name__ == "edgejax.kernels"
+
+
+def _own_docstring(thing) -> bool:
+    doc = inspect.getdoc(thing) or ""
+    generated = inspect.isclass(thing) and doc.startswith(
+        f"{thing.__name__}("
+    )  # dataclasses and named tuples
+    return bool(doc) and not generated
