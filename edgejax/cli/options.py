@@ -1,0 +1,72 @@
+"""Arguments that several commands share, and how their text is read."""
+
+import argparse
+from pathlib import Path
+
+BASES = ("auto", "int8", "int4", "bf16", "f32")
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, adapter: bool) -> None:
+    """``--model``, ``--base`` and, where a command can use one, ``--adapter``."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="NAME|PATH",
+        help="a name that `edgejax models` lists, a GGUF file or a Hugging Face folder (default: %(default)s)",
+    )
+    group.add_argument(
+        "--base",
+        choices=BASES,
+        default="auto",
+        help="how the frozen weights are held; auto: as they came where that is exact (default: %(default)s)",
+    )
+    if adapter:
+        group.add_argument(
+            "--adapter",
+            type=Path,
+            metavar="DIR",
+            help="an adapter in PEFT's format, or a run folder that has one",
+        )
+
+
+def adapter_folder(path: Path) -> Path:
+    """The adapter a person means: a run folder stands for the ``adapter`` in it."""
+    inside = path / "adapter"
+    return inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
+
+
+def names(text: str) -> tuple[str, ...]:
+    """``"q_proj, v_proj"`` as ``("q_proj", "v_proj")``."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def number_or_none(text: str) -> float | None:
+    """A number, or None for ``none``."""
+    return None if text.lower() == "none" else float(text)
+
+
+def steps_or_share(text: str) -> int | float:
+    """Whole numbers as int (steps), others as float (a share of the steps)."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def key_value(text: str) -> tuple[str, object]:
+    """``"b2=0.95"`` as ``("b2", 0.95)``; a value that is no JSON is text."""
+    import json
+
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as name=value, like b2=0.95")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+number_or_none.__name__ = "number"  # argparse names the type in "invalid ... value"
+steps_or_share.__name__ = "number of steps, or share of them"

@@ -1,0 +1,55 @@
+"""What commands do before their own work: open the model, its tokenizer and an adapter."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from edgejax.cli.options import adapter_folder
+from edgejax.core.arrays import PyTree
+from edgejax.core.errors import WeightsError
+
+if TYPE_CHECKING:
+    from edgejax.data import Tokenizer
+    from edgejax.models import LoraConfig
+    from edgejax.weights import LoadedModel
+
+
+class Opened(NamedTuple):
+    """A model and, where one was named, an adapter for it; ``adapters`` is ``{}`` and ``lora`` None without."""
+
+    model: "LoadedModel"
+    adapters: PyTree
+    lora: "LoraConfig | None"
+
+
+def open_model(name: str, base: str, adapter: Path | None = None) -> Opened:
+    """Loads what ``--model``, ``--base`` and ``--adapter`` name.
+
+    Raises:
+      WeightsError, ConfigError: as ``load_model`` and ``load_peft`` do.
+    """
+    from edgejax.weights import load_model, load_peft
+
+    model = load_model(name, base=base)
+    if adapter is None:
+        return Opened(model, {}, None)
+    return Opened(model, *load_peft(adapter_folder(adapter), model.config))
+
+
+def need_tokenizer(model: "LoadedModel") -> "Tokenizer":
+    """The model's tokenizer.
+
+    Raises:
+      WeightsError: the model came without one.
+    """
+    if model.tokenizer is None:
+        raise WeightsError(
+            f"{model.source.path} holds no tokenizer, and text cannot be read or written without one; put the model's "
+            "tokenizer.json beside it, or name a file that has it"
+        )
+    return model.tokenizer
+
+
+def source_of(paths: list[str]) -> str | list[str | os.PathLike]:
+    """What ``--data`` was given, as ``load_text`` takes it: the name of a corpus, or paths."""
+    return paths[0] if len(paths) == 1 else [Path(path) for path in paths]
