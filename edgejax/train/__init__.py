@@ -1,1 +1,60 @@
+"""Training: optimizers and learning rates by name, the step, the loop, evaluation, checkpoints, and whole runs."""
 
+from edgejax.train.batches import DatasetBatches, StepBatches
+from edgejax.train.checkpoint import Checkpoints, RunIdentity, nonfinite_leaves, tree_sha256
+from edgejax.train.evaluate import EvalResult, evaluate, evaluate_with
+from edgejax.train.finetune import FinetuneResult, check_same_run, finetune, run_config
+from edgejax.train.learning_rate import SCHEDULES, make_schedule, rates, warmup_steps
+from edgejax.train.loop import LoopResult, StepFigures, train_loop
+from edgejax.train.metrics import MetricsLog, read_metrics
+from edgejax.train.optimizers import decay_mask, make_optimizer, optimizer_names
+from edgejax.train.progress import LiveProgress, PlainProgress, Progress, SilentProgress
+from edgejax.train.run_folder import RunFolder, is_run_folder, read_config, write_json
+from edgejax.train.settings import TrainSettings
+from edgejax.train.signals import SignalGuard
+from edgejax.train.state import TrainState, init_state
+from edgejax.train.whole import Mode, make_eval_step, make_train_step, split_parameters
+
+__all__ = [
+    "SCHEDULES",
+    "Checkpoints",
+    "DatasetBatches",
+    "EvalResult",
+    "FinetuneResult",
+    "LiveProgress",
+    "LoopResult",
+    "MetricsLog",
+    "Mode",
+    "PlainProgress",
+    "Progress",
+    "RunFolder",
+    "RunIdentity",
+    "SignalGuard",
+    "SilentProgress",
+    "StepBatches",
+    "StepFigures",
+    "TrainSettings",
+    "TrainState",
+    "check_same_run",
+    "decay_mask",
+    "evaluate",
+    "evaluate_with",
+    "finetune",
+    "init_state",
+    "is_run_folder",
+    "make_eval_step",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "nonfinite_leaves",
+    "optimizer_names",
+    "rates",
+    "read_config",
+    "read_metrics",
+    "run_config",
+    "split_parameters",
+    "train_loop",
+    "tree_sha256",
+    "warmup_steps",
+    "write_json",
+]

@@ -30,21 +30,26 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, keep_to_step: int | None = None) -> None:
         self.path = path
+        self.evaluations: dict[int, dict[str, Any]] = {}  # records of kind "eval" by their step
         try:
             if path.exists():
                 _keep(path, keep_to_step)
+                self.evaluations = {r["step"]: r for r in read_metrics(path) if r["kind"] == "eval"}
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by close() and the context
         except OSError as error:
             raise RunError(_cannot_write(path, error)) from error
 
     def append(self, kind: str, *, step: int, **values: Any) -> None:
         """Writes one record and flushes it to the operating system."""
-        line = json.dumps({"kind": kind, "step": step, **values}, allow_nan=False)
+        record = {"kind": kind, "step": step, **values}
+        line = json.dumps(record, allow_nan=False)
         try:
             self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
             raise RunError(_cannot_write(self.path, error)) from error
+        if kind == "eval":
+            self.evaluations[step] = record
 
     def sync(self) -> None:
         """Waits until the records are on the disk; called before a checkpoint that relies on them."""

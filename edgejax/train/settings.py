@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgejax.core.errors import ConfigError
+from edgejax.models.remat import KEPT_VALUES
 from edgejax.train.learning_rate import SCHEDULES, warmup_steps
 from edgejax.train.optimizers import make_optimizer
 
 # Changing these between stop and resume changes no trained bit.
-_NOT_IN_FINGERPRINT = ("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
+_NOT_IN_FINGERPRINT = ("log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,11 @@ class TrainSettings:
     final_rate_fraction: float = 0.0  # learning rate at the end as a share of the peak
     weight_decay: float = 0.0  # decoupled; norm scales and biases are left out
     clip_norm: float | None = 1.0  # largest global gradient norm; None does not clip
-    remat: str = "full"  # what the backward pass recomputes: a policy of the train step
+    remat: str = "full"  # what a layer keeps for the backward pass: a policy of models.remat
     seed: int = 0  # of the adapters' start and the order of rows
     log_every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int | None = None  # steps between held-out evaluations; None: before and after only
-    eval_batches: int | None = None  # held-out batches of each evaluation; None: all
+    eval_rows: int | None = None  # held-out rows of each evaluation, always the same ones; None: all
     checkpoint_every: int = 50  # steps between checkpoints; one is always written at the end
     keep_checkpoints: int = 2  # newest checkpoints that stay
 
@@ -58,7 +59,7 @@ class TrainSettings:
             "keep_checkpoints",
         ):
             _check_count(name, getattr(self, name))
-        for name in ("eval_every", "eval_batches"):
+        for name in ("eval_every", "eval_rows"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
@@ -67,6 +68,8 @@ class TrainSettings:
             raise ConfigError(
                 f"no learning-rate schedule named {self.schedule!r}; there are: {', '.join(SCHEDULES)}"
             )
+        if self.remat not in KEPT_VALUES:
+            raise ConfigError(f"unknown remat policy {self.remat!r}; there are: {', '.join(KEPT_VALUES)}")
         _check_number("learning_rate", self.learning_rate, above=0.0)
         _check_number("final_rate_fraction", self.final_rate_fraction, at_least=0.0, at_most=1.0)
         if self.schedule == "constant" and self.final_rate_fraction:

@@ -53,7 +53,7 @@ class SignalGuard:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = number
-            name = signal.Signals(number).name
+            name = signal_name(number)
             print(
                 f"\n{name}: finishing this step and saving; once more ends at once.",
                 file=sys.stderr,
@@ -69,3 +69,8 @@ def _count(reader: socket.socket) -> None:
                 seen += number in SIGNALS
                 if seen >= 2:
                     os._exit(128 + number)
+
+
+def signal_name(number: int) -> str:
+    """``'SIGTERM'`` for 15."""
+    return signal.Signals(number).name
