@@ -10,7 +10,7 @@ from edgejax.data.sources import TextRecord
 def python_reference() -> list[TextRecord]:
     """Python's language reference as ``help()`` shows it: one document a topic, sorted by name.
 
-    About 700 kB of English, written by the Python documentation's authors (PSF licence). It differs between
+    About half a megabyte of English, written by the Python documentation's authors (PSF licence). It differs between
     Python versions; a data set's fingerprint says which one was used.
 
     Raises:
