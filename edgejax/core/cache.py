@@ -38,7 +38,7 @@ def enable_compile_cache(directory: str | os.PathLike | None = None) -> Path | N
     """
     import jax  # here, so that cache_dir() costs nothing
 
-    path = Path(directory or jax.config.read("jax_compilation_cache_dir") or cache_dir() / "xla").expanduser()
+    path = Path(directory or _folder_in_use() or cache_dir() / "xla").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -58,12 +58,16 @@ def enable_compile_cache(directory: str | os.PathLike | None = None) -> Path | N
 
 def compile_cache_state() -> dict[str, str | int]:
     """Folder of the compile cache, in use or by default, and the entries and bytes in it."""
-    import jax
-
-    folder = jax.config.read("jax_compilation_cache_dir") or str(cache_dir() / "xla")
+    folder = _folder_in_use() or str(cache_dir() / "xla")
     entries = [p for p in Path(folder).glob("*-cache") if p.is_file()] if Path(folder).is_dir() else []
     return {
         "directory": folder,
         "entries": len(entries),
         "size_bytes": sum(p.stat().st_size for p in entries),
     }
+
+
+def _folder_in_use() -> str | None:
+    import jax
+
+    return jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # made at run time
