@@ -3,7 +3,8 @@
 from edgejax.train.batches import DatasetBatches, StepBatches
 from edgejax.train.checkpoint import Checkpoints, RunIdentity, nonfinite_leaves, tree_sha256
 from edgejax.train.evaluate import EvalResult, evaluate, evaluate_with
-from edgejax.train.finetune import FinetuneResult, check_same_run, finetune, run_config
+from edgejax.train.finetune import FinetuneResult, finetune
+from edgejax.train.identity import ModelLike, check_same_run, run_config, run_identity
 from edgejax.train.learning_rate import SCHEDULES, make_schedule, rates, warmup_steps
 from edgejax.train.loop import LoopResult, StepFigures, train_loop
 from edgejax.train.metrics import MetricsLog, read_metrics
@@ -25,6 +26,7 @@ __all__ = [
     "LoopResult",
     "MetricsLog",
     "Mode",
+    "ModelLike",
     "PlainProgress",
     "Progress",
     "RunFolder",
@@ -52,6 +54,7 @@ __all__ = [
     "read_config",
     "read_metrics",
     "run_config",
+    "run_identity",
     "split_parameters",
     "train_loop",
     "tree_sha256",

@@ -84,11 +84,16 @@ class TrainSettings:
             raise ConfigError(f"optimizer_options must be JSON values: {error}") from error
         make_optimizer(
             self.optimizer,
-            self.learning_rate,
+            self.learning_rate if self.is_constant else lambda step: self.learning_rate + 0 * step,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
             options=self.optimizer_options,
         )
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the learning rate never changes; some optimizers take no other."""
+        return self.schedule == "constant" and warmup_steps(self.warmup, self.steps) == 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for ``json.dumps``."""
