@@ -1,7 +1,7 @@
 """From what a person names to rows: read, tokenise, split, pack."""
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from edgejax.core.errors import ConfigError, DataError
 from edgejax.data.corpora import CORPORA
 from edgejax.data.dataset import PackedDataset, pack_documents
 from edgejax.data.documents import Document, encode_records
-from edgejax.data.sources import Paths, read_records
+from edgejax.data.sources import Paths, Record, read_records
 from edgejax.data.split import check_disjoint, split_documents
 from edgejax.data.tokenizer import Tokenizer
 
@@ -25,23 +25,35 @@ def load_documents(
     source: Paths,
     tokenizer: Tokenizer,
     *,
+    vocab_size: int | None = None,
     ignore_fields: Collection[str] = (),
     parse_special: bool = True,
 ) -> list[Document]:
     """Documents of a built-in corpus (its name, like ``"python-reference"``), or of files and folders.
 
+    Args:
+      source: the corpus, a file, a folder, or several of them.
+      tokenizer: the model's.
+      vocab_size: rows of the model's embedding; None does not check.
+      ignore_fields: fields of JSON lines to pass over.
+      parse_special: read special tokens written in texts as such.
+
     Raises:
-      DataError: what cannot be used, with file and line.
+      DataError: what cannot be used, with file and line; a token the model has no embedding for.
     """
     if isinstance(source, str) and source in CORPORA:
-        return encode_records(CORPORA[source](), tokenizer, parse_special=parse_special)
-    if isinstance(source, str) and not Path(source).exists():
+        records: Iterable[Record] = CORPORA[source]()
+    elif isinstance(source, str) and not Path(source).exists():
         raise DataError(
             f"{source}: there is no such file or folder (looked from {Path.cwd()}), "
             f"and of the texts that come along ({', '.join(CORPORA)}) none has this name"
         )
-    records = read_records(source, ignore_fields=ignore_fields)
-    return encode_records(records, tokenizer, parse_special=parse_special)
+    else:
+        records = read_records(source, ignore_fields=ignore_fields)
+    documents = encode_records(records, tokenizer, parse_special=parse_special)
+    if vocab_size is not None:
+        _check_vocabulary(documents, vocab_size)
+    return documents
 
 
 def load_text(
@@ -85,7 +97,11 @@ def load_text(
     """
     check_seq_length(seq_length, max_position, allow_long_context=allow_long_context)
     load = functools.partial(
-        load_documents, tokenizer=tokenizer, ignore_fields=ignore_fields, parse_special=parse_special
+        load_documents,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        ignore_fields=ignore_fields,
+        parse_special=parse_special,
     )
     documents = load(source)
     if held_out_source is None:
@@ -93,8 +109,6 @@ def load_text(
     else:
         train, held_out = documents, load(held_out_source)
         check_disjoint(train, held_out)
-    if vocab_size is not None:
-        _check_vocabulary([*train, *held_out], vocab_size)
     return Split(
         pack_documents(train, seq_length, packing=packing),
         pack_documents(held_out, seq_length, packing=packing),
