@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from edgejax.core.arrays import Array
+from edgejax.core.arrays import Array, ArrayLike
 
 NIBBLES_PER_WORD = 8
 NIBBLE_SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
@@ -34,9 +34,9 @@ class QuantizedArray:
       bits: 4 or 8 (static).
     """
 
-    codes: Int[Array, "..."]
-    scale: Float[Array, "..."]
-    minimum: Float[Array, "..."] | None
+    codes: Int[ArrayLike, "..."]
+    scale: Float[ArrayLike, "..."]
+    minimum: Float[ArrayLike, "..."] | None
     bits: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -76,7 +76,7 @@ class QuantizedArray:
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
-Weight = Array | QuantizedArray
+Weight = ArrayLike | QuantizedArray
 
 
 def is_quantized(leaf) -> bool:
@@ -84,12 +84,12 @@ def is_quantized(leaf) -> bool:
     return isinstance(leaf, QuantizedArray)
 
 
-def dequantize(weight: QuantizedArray | Array, dtype=jnp.float32) -> Float[Array, "..."]:
+def dequantize(weight: Weight, dtype=jnp.float32) -> Float[Array, "..."]:
     """``[..., O, I]`` in ``dtype``; a plain array is only cast."""
     if not isinstance(weight, QuantizedArray):
         return jnp.asarray(weight).astype(dtype)
     shape = weight.shape
-    codes = weight.codes
+    codes = jnp.asarray(weight.codes)
     if weight.bits == 4:
         codes = ((codes[..., None] >> NIBBLE_SHIFTS) & 15).astype(jnp.int32)
     blocks = codes.astype(jnp.float32).reshape(*shape[:-1], -1, weight.block)

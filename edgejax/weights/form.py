@@ -47,7 +47,10 @@ def form_of(leaf: QuantizedArray | np.ndarray) -> Form:
     if not isinstance(leaf, QuantizedArray):
         return float_form(leaf.dtype)
     return Form(
-        bits=leaf.bits, block=leaf.block, dtype=np.dtype(leaf.scale.dtype), has_minimum=leaf.minimum is not None
+        bits=leaf.bits,
+        block=leaf.block,
+        dtype=np.dtype(leaf.scale.dtype),
+        has_minimum=leaf.minimum is not None,
     )
 
 

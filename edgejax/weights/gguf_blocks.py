@@ -53,9 +53,7 @@ def block_form(kind: Type, where: str) -> Form:
     if kind in CODE_FORMS:
         return CODE_FORMS[kind]
     supported = ", ".join(k.name for k in (*FLOAT_DTYPES, *CODE_FORMS))
-    raise WeightsError(
-        f"{where}: block type {kind.name} is not supported; use a file in one of: {supported}"
-    )
+    raise WeightsError(f"{where}: block type {kind.name} is not supported; use a file in one of: {supported}")
 
 
 def decode_rows(kind: Type, rows: UInt8[np.ndarray, "N bytes"]) -> QuantizedArray | np.ndarray:

@@ -1,7 +1,7 @@
 """The GGUF container: metadata and where each tensor lies, read without mapping or copying the weights.
 
 Own code, not ``gguf.GGUFReader``: that makes four numpy objects for every string of the vocabulary, which for
-SmolLM2's 98,052 strings measured 3.4 s and 150 MB; this takes 0.1 s and 15 MB. Block sizes and type numbers still
+SmolLM2's 98,052 strings measured 3.4 s and 150 MB; here they stay in the file until ``GgufFile.strings``. Block sizes and type numbers still
 come from ``gguf.constants``. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2, 3,
 little-endian).
 """
@@ -46,8 +46,17 @@ class GgufTensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class StringArray:
+    """An array of strings that was stepped over: where it lies, not what it says."""
+
+    offset: int  # bytes from the start of the file
+    n_bytes: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
 class GgufFile:
-    """An opened header. Tensor bytes are read on demand by ``read_rows``."""
+    """An opened header. Tensor bytes are read on demand by ``read_rows``, arrays of strings by ``strings``."""
 
     path: Path
     metadata: dict[str, Any]
@@ -62,6 +71,23 @@ class GgufFile:
                 f"{self.path}: tensor {name!r} is missing ({len(self.tensors)} tensors in the file); "
                 "the file is incomplete or holds another architecture than it says"
             ) from None
+
+    def strings(self, key: str) -> list[str] | None:
+        """The strings of an array, or None where the metadata has no array of strings under ``key``."""
+        place = self.metadata.get(key)
+        if not isinstance(place, StringArray):
+            return None
+        data, at, texts = read_at(self.path, place.offset, place.n_bytes), 0, []
+        try:
+            for _ in range(place.count):
+                start = at + 8
+                at = start + int.from_bytes(data[at:start], "little")
+                texts.append(data[start:at].decode("utf-8"))
+        except UnicodeDecodeError:
+            raise WeightsError(
+                f"{self.path}: entry {len(texts)} of {key} is not UTF-8; the file is damaged: download it again"
+            ) from None
+        return texts
 
     def read_rows(self, tensor: GgufTensor, start: int, stop: int) -> UInt8[np.ndarray, "N bytes"]:
         """Raw bytes of rows ``start`` to ``stop``; rows are those of the last axis."""
@@ -158,7 +184,7 @@ class _Cursor:
             raise self.damaged(f"metadata value type {kind}")
         return self.scalar(_SCALARS[kind])
 
-    def array(self) -> list:
+    def array(self) -> list | StringArray:
         kind, count = self.scalar("<I"), self.scalar("<Q")
         if kind in _SCALARS:
             fmt = _SCALARS[kind][1]
@@ -166,24 +192,16 @@ class _Cursor:
             return list(struct.unpack(f"<{count}{fmt}", self.take(count * size))) if count else []
         if kind != _STRING:
             raise self.damaged(f"an array of value type {kind}")
-        return self.strings(count)
+        start = self.at
+        for _ in range(count):
+            self.skip_string()
+        return StringArray(start, self.at - start, count)
 
-    def strings(self, count: int) -> list[str]:
-        """The one hot loop: two vocabularies' worth of strings."""
-        data, at, length_at, texts = self.data, self.at, struct.Struct("<Q").unpack_from, []
-        try:
-            for _ in range(count):
-                start = at + 8
-                at = start + length_at(data, at)[0]
-                if at > len(data):
-                    raise _NeedMore
-                texts.append(data[start:at].decode("utf-8"))
-        except struct.error:
-            raise _NeedMore from None
-        except UnicodeDecodeError:
-            raise self.damaged("a vocabulary entry that is not UTF-8") from None
-        self.at = at
-        return texts
+    def skip_string(self) -> None:
+        length_end = self.at + 8
+        self.at = length_end + int.from_bytes(self.data[self.at : length_end], "little")
+        if max(length_end, self.at) > len(self.data):
+            raise _NeedMore
 
 
 def _parse(path: Path, header: bytes, file_bytes: int) -> GgufFile:

@@ -1,0 +1,189 @@
+"""Building one leaf of the parameter tree from its layers in a file, a few rows at a time.
+
+A stacked leaf is allocated once in its final form; each layer is read, decoded, re-quantised if asked, and written
+into its place. At no time does a wide copy of a leaf exist, only one of ``CHUNK_WEIGHTS`` weights.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Int
+
+from edgejax.core.arrays import ArrayLike
+from edgejax.core.errors import WeightsError
+from edgejax.quant import QuantizedArray, quantize_int4, quantize_int8
+from edgejax.weights.form import FLOAT32, Form, convert, float_form, form_of, join_forms, wide
+from edgejax.weights.names import LeafName
+
+Base = Literal["auto", "int8", "int4", "bf16", "f32"]
+BASES: tuple[Base, ...] = ("auto", "int8", "int4", "bf16", "f32")
+CHUNK_WEIGHTS = 1 << 20  # read and converted at a time: 4 MB as float32
+BLOCK = 32
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_ALIGNMENT = 64  # bytes; device_put on the CPU takes aligned host arrays without a copy
+_CODE_BITS = {"int8": 8, "int4": 4}
+_QUANTIZE: dict[int, Callable[..., QuantizedArray]] = {8: quantize_int8, 4: quantize_int4}
+
+
+class LeafSource(Protocol):
+    """What a file format offers: shapes, types and rows of the tensors behind a leaf."""
+
+    @property
+    def path(self) -> object: ...
+
+    def shape(self, leaf: LeafName, layer: int) -> tuple[int, ...]: ...
+
+    def form(self, leaf: LeafName, layer: int) -> Form: ...
+
+    def type_name(self, leaf: LeafName, layer: int) -> str: ...
+
+    def rows(self, leaf: LeafName, layer: int, start: int, stop: int) -> QuantizedArray | np.ndarray:
+        """``[stop - start, I]``; a vector is one row."""
+        ...
+
+    def row_order(self, leaf: LeafName) -> Int[np.ndarray, "O"] | None:
+        """Our row for each row of the file, or None where they are the same."""
+        ...
+
+    def offset(self, leaf: LeafName) -> float:
+        """What to add to a norm scale."""
+        ...
+
+
+def load_vector(source: LeafSource, leaf: LeafName, n_layers: int) -> np.ndarray:
+    """A norm scale or bias, float32 ``[L, O]`` or ``[O]``."""
+    layers = range(n_layers) if leaf.stacked else range(1)
+    out = empty_aligned((len(layers), *leaf.shape), FLOAT32)
+    order = source.row_order(leaf)
+    for layer in layers:
+        check_shape(source, leaf, layer)
+        values = wide(source.rows(leaf, layer, 0, 1)).reshape(leaf.shape) + np.float32(source.offset(leaf))
+        _check_finite(source, leaf, layer, values)
+        out[layer, slice(None) if order is None else order] = values
+    return out if leaf.stacked else out[0]
+
+
+def load_matrix(
+    source: LeafSource, leaf: LeafName, n_layers: int, base: Base, notes: list[str]
+) -> QuantizedArray | np.ndarray:
+    """A linear layer or a table, ``[L, O, I]`` or ``[O, I]``, in the form that ``base`` asks for.
+
+    Args:
+      source: an opened file.
+      leaf: which one.
+      n_layers: layers of the stack; a leaf that is not stacked is read once.
+      base: ``"auto"`` holds every value as the file has it; the others are what the command line says.
+      notes: gets a line where the leaf is held otherwise than ``base`` says, or its layers differ in type.
+
+    Raises:
+      WeightsError: a missing tensor, a wrong shape, an unsupported type, values that are not finite.
+    """
+    layers = range(n_layers) if leaf.stacked else range(1)
+    for layer in layers:
+        check_shape(source, leaf, layer)
+    target, quantize = _plan(source, leaf, layers, base, notes)
+    n_rows, width = leaf.shape
+    out = _allocate(target, (len(layers), n_rows, width))
+    order = source.row_order(leaf)
+    step = max(1, CHUNK_WEIGHTS // width)
+    for layer in layers:
+        for start in range(0, n_rows, step):
+            stop = min(start + step, n_rows)
+            piece = source.rows(leaf, layer, start, stop)
+            _check_finite(source, leaf, layer, piece)
+            piece = quantize(wide(piece), BLOCK) if quantize else convert(piece, target)
+            rows = slice(start, stop) if order is None else order[start:stop]
+            out = _write(out, layer, rows, piece)
+    return out if leaf.stacked else out[0]
+
+
+def check_shape(source: LeafSource, leaf: LeafName, layer: int) -> None:
+    """Raises ``WeightsError`` where the file's tensor has another shape than the configuration says."""
+    found = source.shape(leaf, layer)
+    if found != leaf.shape:
+        raise WeightsError(
+            f"{source.path}: {'.'.join(leaf.path)} (layer {layer}) has shape {found}, the configuration says "
+            f"{leaf.shape}; the weights belong to another model, or the file is damaged"
+        )
+
+
+def empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An uninitialised host array that starts at a multiple of 64 bytes."""
+    dtype = np.dtype(dtype)
+    n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(n_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def _plan(source, leaf: LeafName, layers: range, base: Base, notes: list[str]):
+    """The form of the leaf, and the quantiser where codes must be made anew."""
+    forms = [source.form(leaf, layer) for layer in layers]
+    joined = join_forms(forms)
+    name = ".".join(leaf.path)
+    if base == "auto" or _CODE_BITS.get(base) == joined.bits:
+        if len(set(forms)) > 1:
+            types = sorted({source.type_name(leaf, layer) for layer in layers})
+            notes.append(f"{name}: layers mix {', '.join(types)}; held exactly, as {joined}")
+        return joined, None
+    if base == "bf16":
+        return float_form(BFLOAT16), None
+    if base == "f32":
+        return float_form(FLOAT32), None
+    if leaf.shape[-1] % BLOCK:
+        notes.append(
+            f"{name}: rows of {leaf.shape[-1]} do not divide into blocks of {BLOCK}; held in bf16, not {base}"
+        )
+        return float_form(BFLOAT16), None
+    bits = _CODE_BITS[base]
+    form = Form(bits=bits, block=BLOCK, dtype=np.dtype(np.float16), has_minimum=bits == 4)
+    return form, _QUANTIZE[bits]
+
+
+def _allocate(form: Form, shape: tuple[int, ...]) -> QuantizedArray | np.ndarray:
+    if form.bits is None:
+        return empty_aligned(shape, form.dtype)
+    assert form.block is not None
+    *lead, width = shape
+    n_words, code_dtype = (width // 8, np.uint32) if form.bits == 4 else (width, np.int8)
+    scales = (*lead, width // form.block)
+    return QuantizedArray(
+        empty_aligned((*lead, n_words), code_dtype),
+        empty_aligned(scales, form.dtype),
+        empty_aligned(scales, form.dtype) if form.has_minimum else None,
+        bits=form.bits,
+    )
+
+
+def _write(out, layer: int, rows, piece):
+    """Put ``piece`` at ``out[layer, rows]``; float32 scales of a piece make all of ``out``'s so."""
+    if not isinstance(out, QuantizedArray):
+        out[layer, rows] = piece
+        return out
+    if form_of(piece).dtype.itemsize > out.scale.dtype.itemsize:
+        minimum = None if out.minimum is None else _widened(out.minimum)
+        out = dataclasses.replace(out, scale=_widened(out.scale), minimum=minimum)
+    out.codes[layer, rows] = piece.codes
+    out.scale[layer, rows] = piece.scale
+    if out.minimum is not None:
+        out.minimum[layer, rows] = piece.minimum
+    return out
+
+
+def _widened(scales: ArrayLike) -> np.ndarray:
+    new = empty_aligned(scales.shape, FLOAT32)
+    new[...] = scales
+    return new
+
+
+def _check_finite(source, leaf: LeafName, layer: int, values: QuantizedArray | np.ndarray) -> None:
+    """Codes are finite; scales, minima and plain floats can be damaged."""
+    parts = [values.scale, values.minimum] if isinstance(values, QuantizedArray) else [values]
+    if not all(np.isfinite(part).all() for part in parts if part is not None):
+        raise WeightsError(
+            f"{source.path}: {'.'.join(leaf.path)} (layer {layer}) holds values that are not finite; the file is "
+            "damaged: download it again"
+        )

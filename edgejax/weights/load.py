@@ -1,0 +1,130 @@
+"""A model from a file, a folder or a preset's name: configuration, parameters, tokenizer."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from edgejax.core.arrays import PyTree
+from edgejax.core.errors import ConfigError, WeightsError
+from edgejax.data.tokenizer import Tokenizer
+from edgejax.models.config import ModelConfig
+from edgejax.quant import QuantizedArray
+from edgejax.weights.gguf_read import GgufSource
+from edgejax.weights.gguf_tokenizer import gguf_tokenizer
+from edgejax.weights.hf_read import HfSource
+from edgejax.weights.hf_tokenizer import hf_tokenizer
+from edgejax.weights.leaves import BASES, Base, load_matrix, load_vector
+from edgejax.weights.presets import check_known_hash, resolve
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where a model came from, for records and for refusing a checkpoint of another one.
+
+    Attributes:
+      name: what was asked for.
+      path: the file or folder it was read from.
+      format: ``"gguf"`` or ``"huggingface"``.
+      sha256: of the weight file; of several, of their hashes in order.
+      base: the form asked for (``"auto"``, ``"int8"``, ...).
+    """
+
+    name: str
+    path: str
+    format: Literal["gguf", "huggingface"]
+    sha256: str
+    base: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory.
+
+    Attributes:
+      config: the decoder.
+      params: the parameter tree; leaves are jax arrays and ``QuantizedArray``s (numpy ones with ``on_host``).
+      tokenizer: None only where ``need_tokenizer=False`` was given.
+      source: where it came from.
+      notes: what a person should know: leaves held otherwise than asked, unknown settings that were passed over.
+    """
+
+    config: ModelConfig
+    params: PyTree
+    tokenizer: Tokenizer | None
+    source: ModelSource
+    notes: tuple[str, ...] = ()
+
+
+def load_model(
+    name_or_path: str | Path, *, base: Base = "auto", need_tokenizer: bool = True, on_host: bool = False
+) -> LoadedModel:
+    """Read a model leaf by leaf; beside the leaves as they will be held, only a few megabytes exist at a time.
+
+    Args:
+      name_or_path: a preset (``edgejax models`` lists them), a ``.gguf`` file, or a Hugging Face folder.
+      base: how matrices are held: ``"auto"`` exactly as the file has them, or ``"int8"``, ``"int4"``, ``"bf16"``,
+        ``"f32"``. Matrices that already have the bits asked for stay as they are. Norms and biases are float32.
+      need_tokenizer: False leaves the tokenizer unread (a benchmark on made-up tokens needs none).
+      on_host: leave numpy arrays; otherwise leaves are put on the default device, on the CPU without a copy.
+
+    Raises:
+      WeightsError: anything about the files: missing, truncated, damaged, of an unsupported kind.
+      ConfigError: an unknown ``base``.
+
+    Example:
+      >>> model = load_model("smollm2-135m", base="auto")  # doctest: +SKIP
+      >>> model.config.n_layers, model.params["blocks"]["q_proj"]["kernel"].bits  # doctest: +SKIP
+      (30, 4)
+    """
+    if base not in BASES:
+        raise ConfigError(f"base {base!r} is unknown; there are: {', '.join(BASES)}")
+    path = resolve(name_or_path)
+    source = HfSource(path) if path.is_dir() else GgufSource(path)
+    sha256 = fingerprint(source.weight_files)
+    check_known_hash(name_or_path, path, sha256)
+    notes: list[str] = list(getattr(source, "notes", ()))
+    tokenizer = _tokenizer(source) if need_tokenizer else None
+    params = load_params(source, base, notes)
+    if not on_host:
+        params = jax.device_put(params)
+    record = ModelSource(str(name_or_path), str(path), source.format, sha256, base)
+    return LoadedModel(source.config, params, tokenizer, record, tuple(notes))
+
+
+def load_params(source: GgufSource | HfSource, base: Base, notes: list[str]) -> PyTree:
+    """The parameter tree of an opened source, leaves in host memory."""
+    params: dict = {}
+    for leaf in source.leaves:
+        if leaf.kind in ("norm", "bias"):
+            value: np.ndarray | QuantizedArray = load_vector(source, leaf, source.config.n_layers)
+        else:
+            value = load_matrix(source, leaf, source.config.n_layers, base, notes)
+        *parents, last = leaf.path
+        node = params
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return params
+
+
+def fingerprint(files: list[Path]) -> str:
+    """sha256 of a file, or of several files' hashes in order."""
+    hashes = []
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _tokenizer(source: GgufSource | HfSource) -> Tokenizer:
+    tokenizer = gguf_tokenizer(source.file) if isinstance(source, GgufSource) else hf_tokenizer(source.path)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise WeightsError(
+            f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding table "
+            f"{source.config.vocab_size} rows; they do not belong together"
+        )
+    return tokenizer
