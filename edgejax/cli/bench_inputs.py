@@ -1,0 +1,189 @@
+"""What the benchmark trains on: real weights and text, or random ones of a known shape."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from edgejax.cli.bench_settings import BenchSettings
+from edgejax.core.arrays import PyTree
+from edgejax.core.errors import ConfigError, WeightsError
+from edgejax.data import Batch
+from edgejax.data.corpora import python_reference
+from edgejax.data.dataset import micro_batches, pack_documents
+from edgejax.data.documents import Document, encode_records
+from edgejax.data.tokenizer import Tokenizer
+from edgejax.models import ModelConfig, RopeScaling
+from edgejax.quant import dequantize, is_quantized
+from edgejax.weights.form import Form, float_form
+from edgejax.weights.leaves import BASES
+from edgejax.weights.load import load_model, load_params
+from edgejax.weights.names import LeafName, leaf_names
+
+TEXT = "python-reference"
+
+# Shapes of published models, for --random-weights: speed and memory depend on nothing else.
+SHAPES: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(
+        family="llama", vocab_size=256, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=96,
+        max_position=2048, tie_embeddings=True,
+    ),
+    "smollm2-135m": ModelConfig(
+        family="llama", vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, d_ff=1536,
+        max_position=8192, rope_theta=100_000.0, tie_embeddings=True,
+    ),
+    "smollm2-360m": ModelConfig(
+        family="llama", vocab_size=49152, d_model=960, n_layers=32, n_heads=15, n_kv_heads=5, head_dim=64, d_ff=2560,
+        max_position=8192, rope_theta=100_000.0, tie_embeddings=True,
+    ),
+    "qwen3-0.6b": ModelConfig(
+        family="qwen3", vocab_size=151936, d_model=1024, n_layers=28, n_heads=16, n_kv_heads=8, head_dim=128,
+        d_ff=3072, max_position=40960, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, tie_embeddings=True,
+    ),
+    "llama-3.2-1b": ModelConfig(
+        family="llama", vocab_size=128256, d_model=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64,
+        d_ff=8192, max_position=131072, rope_theta=500_000.0, tie_embeddings=True,
+        rope_scaling=RopeScaling(kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0),
+    ),
+}  # fmt: skip
+
+
+class BenchInputs(NamedTuple):
+    """A model and the batches it is timed on.
+
+    Attributes:
+      config: the decoder's.
+      params: the base as it is held.
+      batch_at: leaves ``[A, B, T]`` of a step, by its number; every position holds a token that counts.
+      hashes: SHA-256 of the model's file and of the tokens.
+      notes: what the reader of the weights had to say.
+    """
+
+    config: ModelConfig
+    params: PyTree
+    batch_at: Callable[[int], Batch]
+    hashes: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def load_inputs(settings: BenchSettings) -> BenchInputs:
+    """Weights and batches of a benchmark.
+
+    Raises:
+      ConfigError, WeightsError, DataError: what cannot be loaded.
+    """
+    base = "f32" if settings.mode == "full" else settings.base
+    if settings.random_weights:
+        return _random_inputs(settings, base)
+    model = load_model(settings.model, base=base)
+    _check_length(settings, model.config)
+    if model.tokenizer is None:
+        raise WeightsError(f"{model.source.path} has no tokenizer to read text with; try --random-weights")
+    tokens = _text_tokens(model.tokenizer, settings)
+    batch_at = _batches(tokens, settings)
+    hashes = {"model": model.source.sha256, TEXT: _sha256(tokens)}
+    return BenchInputs(model.config, model.params, batch_at, hashes, model.notes)
+
+
+def trained_parameters(params: PyTree) -> PyTree:
+    """All parameters in float32, for full training. Their buffers are their own, for the step donates them."""
+    return jax.tree.map(
+        lambda leaf: jnp.array(dequantize(leaf), jnp.float32, copy=True), params, is_leaf=is_quantized
+    )
+
+
+def random_params(config: ModelConfig, base: str, seed: int) -> PyTree:
+    """Parameters drawn from N(0, 0.02^2) and held as ``base``, made leaf by leaf as a file is read.
+
+    ``auto`` means float32, the type they are drawn in.
+    """
+    if base not in BASES:
+        raise ConfigError(f"base {base!r} is unknown; there are: {', '.join(BASES)}")
+    return jax.device_put(load_params(_RandomSource(config, seed), base, []))  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class _RandomSource:
+    """Stands where a weight file stands (``weights.leaves.LeafSource``)."""
+
+    config: ModelConfig
+    seed: int
+    path: str = "random weights"
+
+    @property
+    def leaves(self) -> tuple[LeafName, ...]:
+        return leaf_names(self.config)
+
+    def shape(self, leaf: LeafName, layer: int) -> tuple[int, ...]:
+        return leaf.shape
+
+    def form(self, leaf: LeafName, layer: int) -> Form:
+        return float_form(np.float32)
+
+    def type_name(self, leaf: LeafName, layer: int) -> str:
+        return "F32"
+
+    def rows(self, leaf: LeafName, layer: int, start: int, stop: int) -> np.ndarray:
+        if leaf.kind == "norm":
+            return np.ones((1, *leaf.shape), np.float32)
+        rng = np.random.default_rng([self.seed, layer, start, *leaf.hf_name(layer).encode()])
+        shape = (stop - start, leaf.shape[-1])
+        return rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+
+    def row_order(self, leaf: LeafName) -> None:
+        return None
+
+    def offset(self, leaf: LeafName) -> float:
+        return 0.0
+
+
+def _random_inputs(settings: BenchSettings, base: str) -> BenchInputs:
+    config = SHAPES.get(settings.model)
+    if config is None:
+        raise ConfigError(
+            f"no shape named {settings.model!r} for --random-weights; there are: {', '.join(SHAPES)}"
+        )
+    _check_length(settings, config)
+    n_tokens = _tokens_needed(settings)
+    tokens = np.random.default_rng(settings.seed).integers(0, config.vocab_size, n_tokens, dtype=np.int32)
+    params = random_params(config, base, settings.seed)
+    return BenchInputs(config, params, _batches(tokens, settings), {"tokens": _sha256(tokens)}, ())
+
+
+def _check_length(settings: BenchSettings, config: ModelConfig) -> None:
+    if settings.seq > config.max_position:
+        raise ConfigError(f"--seq {settings.seq} is beyond the model's context of {config.max_position} tokens")
+
+
+def _tokens_needed(settings: BenchSettings) -> int:
+    return settings.tokens_per_step * (1 + settings.warmup + settings.repeats) + 1
+
+
+def _text_tokens(tokenizer: Tokenizer, settings: BenchSettings) -> np.ndarray:
+    """Enough of the corpus for every step; all of it if it is shorter, then steps see it again."""
+    needed, parts, n_tokens = _tokens_needed(settings), [], 0
+    for record in python_reference():
+        parts.extend(document.tokens for document in encode_records([record], tokenizer))
+        n_tokens += len(parts[-1])
+        if n_tokens >= needed:
+            break
+    return np.concatenate(parts)[:needed]
+
+
+def _batches(tokens: np.ndarray, settings: BenchSettings) -> Callable[[int], Batch]:
+    """One document without an end, so that rows are full: cut to whole rows and packed."""
+    n_rows = (len(tokens) - 1) // settings.seq
+    if n_rows == 0:
+        raise ConfigError(f"the text has {len(tokens)} tokens, fewer than a row of --seq {settings.seq}")
+    tokens = tokens[: n_rows * settings.seq + 1]
+    document = Document(tokens, np.ones(len(tokens), bool), "benchmark")
+    rows = pack_documents([document], settings.seq)
+    return lambda step: micro_batches(rows, step, settings.accumulate, settings.batch, settings.seed)
+
+
+def _sha256(tokens: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest()
