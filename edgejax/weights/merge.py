@@ -18,7 +18,8 @@ from edgejax.core.arrays import PyTree
 from edgejax.core.errors import ConfigError, WeightsError
 from edgejax.models.config import ModelConfig
 from edgejax.models.lora import LoraConfig
-from edgejax.quant import QuantizedArray, unpack_nibbles
+from edgejax.quant import QuantizedArray
+from edgejax.weights.form import wide
 from edgejax.weights.names import LeafName, leaf_names
 
 CHUNK_BYTES = 16 * 2**20
@@ -217,13 +218,5 @@ def _layer(leaf, layer: int):
 
 
 def _widen(base: np.ndarray | QuantizedArray, index: np.ndarray) -> Float[np.ndarray, "..."]:
-    """Rows ``index`` of a host array in float32; as ``quant.dequantize``, without a device."""
-    if not isinstance(base, QuantizedArray):
-        return np.asarray(base[index], np.float32)
-    codes = np.asarray(base.codes)[index]
-    codes = unpack_nibbles(codes) if base.bits == 4 else codes
-    scale = np.asarray(base.scale)[index].astype(np.float32)[..., None]
-    values = codes.astype(np.float32).reshape(*scale.shape[:-1], -1) * scale
-    if base.minimum is not None:
-        values += np.asarray(base.minimum)[index].astype(np.float32)[..., None]
-    return values.reshape(codes.shape)
+    """Rows ``index`` of a host array in float32."""
+    return wide(jax.tree.map(lambda array: np.asarray(array)[index], base))
