@@ -1,0 +1,148 @@
+"""A run's folder: never overwritten without being asked, never shared, and refused while it can still be."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from edgejax.core.errors import ConfigError, RunError
+from edgejax.train import RunFolder, is_run_folder, read_config, write_json
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "deep" / "run"
+
+
+def make_run(path, **config):
+    with RunFolder(path, config=config):
+        (path / "metrics.jsonl").write_text("{}\n")
+        (path / "checkpoints" / "3").mkdir(parents=True)
+
+
+def test_new_run(path):
+    make_run(path, steps=3)
+    assert is_run_folder(path)
+    assert read_config(path)["steps"] == 3
+    assert not list(path.glob("*.tmp")) + list(path.glob(".write-probe"))
+
+
+def test_existing_run_is_left_alone_and_both_ways_on_are_named(path):
+    make_run(path, steps=3)
+    before = sorted(path.rglob("*"))
+    with pytest.raises(RunError, match=r"resume.*overwrite"):
+        RunFolder(path, config={"steps": 4})
+    assert sorted(path.rglob("*")) == before
+    assert read_config(path)["steps"] == 3
+
+
+def test_resume_gives_the_config_of_then(path):
+    make_run(path, steps=3)
+    with RunFolder(path, config={"steps": 4}, resume=True) as folder:
+        assert folder.config["steps"] == 3
+    assert (path / "checkpoints" / "3").exists()
+
+
+def test_overwrite_removes_what_was_there(path):
+    make_run(path, steps=3)
+    with RunFolder(path, config={"steps": 4}, overwrite=True):
+        pass
+    assert read_config(path)["steps"] == 4
+    assert not (path / "metrics.jsonl").exists()
+    assert not (path / "checkpoints").exists()
+
+
+def test_overwrite_and_resume_of_nothing(path):
+    with pytest.raises(RunError, match="no run to resume"):
+        RunFolder(path, config={}, resume=True)
+    assert not path.exists()
+    with RunFolder(path, config={}, overwrite=True):
+        assert is_run_folder(path)
+
+
+@pytest.mark.parametrize("content", ["thesis.tex", "config.json"])
+@pytest.mark.parametrize("how", ["overwrite", "resume"])
+def test_folder_that_is_no_run_is_never_touched(path, content, how):
+    path.mkdir(parents=True)
+    (path / content).write_text('{"mine": 1}')
+    with pytest.raises(RunError, match="no run of edgejax"):
+        RunFolder(path, config={}, **{how: True})
+    assert [entry.name for entry in path.iterdir()] == [content]
+    assert (path / content).read_text() == '{"mine": 1}'
+
+
+def test_overwrite_does_not_follow_links(path, tmp_path):
+    make_run(path)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("x")
+    (path / "link").symlink_to(tmp_path / "precious")
+    with RunFolder(path, config={}, overwrite=True):
+        pass
+    assert (tmp_path / "precious" / "file").read_text() == "x"
+
+
+def test_both_options_exclude_each_other(path):
+    with pytest.raises(ConfigError, match="exclude each other"):
+        RunFolder(path, config={}, resume=True, overwrite=True)
+
+
+def test_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(RunError, match="is a file"):
+        RunFolder(tmp_path / "run", config={})
+    with pytest.raises(RunError, match="cannot be written: Not a directory"):
+        RunFolder(tmp_path / "run" / "below", config={})
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a file system where nothing can be made")
+def test_folder_that_cannot_be_made():
+    with pytest.raises(RunError, match="cannot be written"):
+        RunFolder("/proc/edgejax-run", config={})
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_full_or_read_only_disk_is_found_before_training(path, monkeypatch, number):
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(RunError, match=f"{os.strerror(number)}. Nothing was trained"):
+        RunFolder(path, config={})
+
+
+def test_leftovers_of_a_crash_before_the_config_are_no_obstacle(path):
+    path.mkdir(parents=True)
+    (path / "config.json.tmp").write_text('{"edgej')
+    (path / ".lock").write_text("")
+    with RunFolder(path, config={}):
+        assert is_run_folder(path)
+
+
+def test_damaged_config(path):
+    make_run(path)
+    (path / "config.json").write_text('{"edgejax_run": 1')
+    with pytest.raises(RunError, match="no run of edgejax"):
+        RunFolder(path, config={}, resume=True)
+    with pytest.raises(RunError, match="damaged"):
+        read_config(path)
+
+
+def test_folder_belongs_to_one_process_at_a_time(path):
+    make_run(path)
+    # flock belongs to the open file, so a second opening stands for a second process.
+    with RunFolder(path, config={}, resume=True), pytest.raises(RunError, match="another process"):
+        RunFolder(path, config={}, resume=True)
+    with RunFolder(path, config={}, overwrite=True), pytest.raises(RunError, match="another process"):
+        RunFolder(path, config={}, overwrite=True)
+    assert is_run_folder(path)
+
+
+def test_written_json_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(file, {"a": float("nan")})
+    assert json.loads(file.read_text()) == {"a": 1}
