@@ -83,6 +83,7 @@ def finetune(
     progress: Progress | None = None,
     hooks: Sequence[Callable[[StepFigures], None]] = (),
     runtime_bytes: int | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> FinetuneResult:
     """Evaluates, trains, evaluates again; ``out_dir`` holds what is needed to go on after any stop.
 
@@ -98,6 +99,7 @@ def finetune(
       progress: what a person sees; by default a live line in a terminal and plain lines elsewhere.
       hooks: called with the figures of each step.
       runtime_bytes: resident memory before the model was loaded, for the account of memory.
+      record: further JSON values for ``config.json`` of a new run, like the command that started it.
 
     Returns:
       The trained leaves and the figures.
@@ -117,7 +119,7 @@ def finetune(
     """
     started = time.perf_counter()
     settings = settings or TrainSettings()
-    config = run_config(model, train, held_out, settings, lora)
+    config = {**(record or {}), **run_config(model, train, held_out, settings, lora)}
     with contextlib.ExitStack() as stack:
         guard = stack.enter_context(SignalGuard())
         folder = stack.enter_context(RunFolder(out_dir, config=config, resume=resume, overwrite=overwrite))
