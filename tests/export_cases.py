@@ -89,6 +89,22 @@ def random_adapters(config: ModelConfig, lora: LoraConfig, seed: int = 1) -> dic
     }
 
 
+def merged_params(config: ModelConfig, params: dict, adapters: dict | None, lora: LoraConfig | None) -> dict:
+    """W + scaling * B A of every leaf by path, in float64 from the formula."""
+    out = {}
+    for leaf in leaf_names(config):
+        node = params
+        for key in leaf.path:
+            node = node[key]
+        values = np.asarray(node, np.float64)
+        pair = adapters["blocks"].get(leaf.path[1]) if adapters and leaf.kind == "linear" else None
+        if pair is not None and lora is not None:
+            a, b = (np.asarray(pair[side], np.float64) for side in ("lora_a", "lora_b"))
+            values = values + lora.scaling * np.einsum("lor,lri->loi", b, a)
+        out[leaf.path] = values
+    return out
+
+
 LORAS = {
     "all": LoraConfig(rank=4, alpha=6.0, targets=LINEAR_NAMES),
     "attention-rslora": LoraConfig(rank=4, alpha=3.0, rslora=True, targets=("q_proj", "k_proj", "v_proj")),

@@ -14,6 +14,7 @@ from export_cases import (
     CONFIGS,
     LORAS,
     byte_level_tokenizer,
+    merged_params,
     random_adapters,
     random_params,
     sentencepiece_tokenizer,
@@ -31,24 +32,6 @@ from edgejax.weights.names import interleave_rows, leaf_names
 
 pytestmark = pytest.mark.quick
 NUMPY = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
-
-
-def _meant(config, params, adapters, lora) -> dict[tuple[str, ...], np.ndarray]:
-    """W + scaling * B A of every leaf, in float64 from the formula."""
-    out = {}
-    for leaf in leaf_names(config):
-        node = params
-        for key in leaf.path:
-            node = node[key]
-        values = np.asarray(node, np.float64)
-        pair = adapters["blocks"].get(leaf.path[1]) if adapters and leaf.kind == "linear" else None
-        if pair is not None:
-            delta = np.einsum(
-                "lor,lri->loi", pair["lora_b"].astype(np.float64), pair["lora_a"].astype(np.float64)
-            )
-            values = values + lora.scaling * delta
-        out[leaf.path] = values
-    return out
 
 
 def _leaf(tree, path):
@@ -70,7 +53,7 @@ def test_hugging_face_folder_round_trip(config, dtype, tmp_path):
     assert model.config == config
     assert model.notes == ()
     resolution = float(ml_dtypes.finfo(NUMPY[dtype]).eps)
-    for path, wanted in _meant(config, params, adapters, lora).items():
+    for path, wanted in merged_params(config, params, adapters, lora).items():
         got = _leaf(model.params, path)
         offset = 1.0 if config.family == "gemma3" and path[-1] == "scale" else 0.0
         # Half a unit of the stored value (w - 1 for gemma's norms), plus the float32 sum's own error.
@@ -142,7 +125,7 @@ def test_gguf_round_trip(config, weight_type, tmp_path):
     model = load_model(out, on_host=True)
     assert model.config == dataclasses.replace(config, attention_scale=model.config.attention_scale)
     assert model.config.query_scale == pytest.approx(config.query_scale)
-    for path, wanted in _meant(config, params, adapters, lora).items():
+    for path, wanted in merged_params(config, params, adapters, lora).items():
         got = _leaf(model.params, path)
         if path[-1] in ("scale", "bias"):
             np.testing.assert_array_equal(got, wanted.astype(np.float32))
@@ -363,7 +346,7 @@ def test_the_dispatcher_writes_every_format_and_checks_its_arguments(tmp_path):
         if format.startswith("merged"):
             path = out if out.is_dir() else out.rename(out.with_suffix(".gguf"))
             again = load_model(path, base="f32", on_host=True)
-            trained = _meant(config, model.params, adapters, lora)[("blocks", "up_proj", "kernel")]
+            trained = merged_params(config, model.params, adapters, lora)[("blocks", "up_proj", "kernel")]
             np.testing.assert_allclose(again.params["blocks"]["up_proj"]["kernel"], trained, atol=0.02)
     full = random_params(config, seed=9)
     out = export(model, tmp_path / "full", format="merged-safetensors", params=full, dtype="f32")
