@@ -1,142 +1,238 @@
 """``edgejax finetune``: from a model and a text to an adapter, its figures and a page about them.
 
 The arguments are turned into what the Python API takes and nothing else: ``load_model``, ``load_text``, ``finetune``,
-``export_peft``, ``write_report``. A run writes down its arguments, so that ``--resume --out DIR`` is enough to go on.
+``export``, ``write_report``. A run writes down its arguments, so that ``--resume --out DIR`` is enough to go on.
 """
 
 import argparse
+import math
+import shlex
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from edgejax.cli.options import add_model_arguments, key_value, names, number_or_none, steps_or_share
+from edgejax.cli.finetune_arguments import DEFAULT_RANK, DEFAULT_STEPS, DEFAULTS, SCHEDULES, add_arguments
+from edgejax.core.errors import ConfigError, Interrupted, RunError
 
-SCHEDULES = ("whole",)
-DEFAULT_STEPS = 100
-EPILOG = """examples:
-  edgejax finetune --data python-reference
-  edgejax finetune --data notes.jsonl --held-out test.jsonl --epochs 3 --rank 16 --out runs/notes
-  edgejax finetune --resume --out runs/notes
-"""
+if TYPE_CHECKING:
+    from edgejax.data import PackedDataset, Split, Tokenizer
+    from edgejax.models import LoraConfig, ModelConfig
+    from edgejax.train import TrainSettings
+    from edgejax.weights import LoadedModel
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``edgejax finetune``."""
-    parser.epilog = EPILOG
-    add_model_arguments(parser, adapter=False)
-    _add_data(parser)
-    _add_adapter(parser)
-    _add_training(parser)
-    _add_run(parser)
+__all__ = ["add_arguments", "run"]
+# Of these a resumed run may have others than the run that is there; they are not written down.
+_NOT_RECORDED = {"out", "resume", "overwrite", "json", "quiet"}
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        nargs="+",
-        metavar="PATH",
-        help="text, JSON lines or folders of them, or python-reference (default: python-reference)",
+def run(args: argparse.Namespace) -> int:
+    """Trains, writes adapter and report, prints the closing summary; returns 0."""
+    given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
+    out = _run_folder(given)
+    options = argparse.Namespace(**merge_options(given, out))
+    check_options(options)  # before anything is imported, loaded or fetched
+    lora = lora_config(options)
+    try:
+        return _finetune(options, lora, out)
+    except Interrupted as stop:
+        again = f"edgejax finetune --resume --out {shlex.quote(str(out))}"
+        raise Interrupted(f"{stop}\nTo go on: {again}", stop.exit_code - 128) from stop
+
+
+def _finetune(options: argparse.Namespace, lora: "LoraConfig | None", out: Path) -> int:
+    import jax
+
+    from edgejax.cli.session import need_tokenizer
+    from edgejax.cli.summary import finish
+    from edgejax.core.cache import enable_compile_cache
+    from edgejax.measure.memory import process_memory
+    from edgejax.train import SilentProgress, finetune
+    from edgejax.weights import load_model
+
+    enable_compile_cache()
+    jax.devices()  # starts the back end, so that its memory is counted as the runtime's
+    runtime_bytes = process_memory().rss_bytes
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    model = load_model(options.model, base=options.base)
+    rows = load_rows(options, need_tokenizer(model), model.config)
+    settings = train_settings(options, rows.train)
+    if not options.quiet:
+        _announce(options, model, rows, settings, out)
+    result = finetune(
+        model,
+        rows.train,
+        rows.held_out,
+        settings,
+        lora=lora,
+        out_dir=out,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        progress=SilentProgress() if options.quiet else None,
+        runtime_bytes=runtime_bytes,
+        record={"command": record_of(options)},
     )
-    group.add_argument(
-        "--held-out",
-        nargs="+",
-        default=["0.1"],
-        metavar="SHARE|PATH",
-        help="share of the documents put aside, or files of their own (default: 0.1)",
-    )
-    group.add_argument("--seq", type=int, default=512, help="positions of a row (default: %(default)s)")
-    group.add_argument("--no-packing", action="store_true", help="one document a row instead of many")
-    group.add_argument(
-        "--allow-long-context", action="store_true", help="let --seq exceed the model's context"
+    finish(options, model, rows, settings, lora, result, started)
+    return 0
+
+
+def merge_options(given: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Every option's value: as given now, else (on resume) as the run in ``out`` was started with, else the default.
+
+    Raises:
+      ConfigError: ``--resume`` with ``--overwrite``.
+      RunError: nothing to resume, or a run that another program started.
+    """
+    if not given.get("resume"):
+        return {**DEFAULTS, **given}
+    if given.get("overwrite"):
+        raise ConfigError("--resume goes on with a run and --overwrite replaces it; give one of them")
+    from edgejax.train.run_folder import read_config
+
+    recorded = read_config(out).get("command")
+    if not isinstance(recorded, dict) or not set(recorded) <= set(DEFAULTS):
+        raise RunError(
+            f"{out} holds a run that `edgejax finetune` of this version did not start; resume it from Python with "
+            "edgejax.finetune(..., resume=True)"
+        )
+    if {"steps", "epochs"} & set(given):  # they exclude each other
+        recorded |= {"steps": None, "epochs": None}
+    return {**DEFAULTS, **recorded, **given}
+
+
+def record_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as JSON values, with paths that hold from any folder."""
+
+    def lasting(text: str) -> str:
+        return str(Path(text).absolute()) if Path(text).exists() else text
+
+    values = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
+    values["model"] = lasting(options.model)
+    for name in ("data", "held_out"):
+        values[name] = [lasting(text) for text in values[name]]
+    return values
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuses what can be refused without looking at a file.
+
+    Raises:
+      ConfigError: a schedule that there is not, adapter options without adapters, a number out of range.
+    """
+    if options.schedule not in SCHEDULES:
+        raise ConfigError(f"--schedule {options.schedule} is not there yet; there is: {', '.join(SCHEDULES)}")
+    if options.mode == "full":
+        unused = [
+            name for name in ("rank", "alpha", "rslora", "targets") if getattr(options, name) is not None
+        ]
+        if unused:
+            raise ConfigError(
+                f"--mode full trains all parameters and has no adapters: leave out {', '.join('--' + n for n in unused)}"
+            )
+    if options.epochs is not None and not (options.epochs > 0 and math.isfinite(options.epochs)):
+        raise ConfigError(f"--epochs must be above 0, not {options.epochs:g}")
+    if options.batch < 1 or options.accumulate < 1:
+        raise ConfigError(
+            f"--batch {options.batch} and --accumulate {options.accumulate} must both be at least 1"
+        )
+
+
+def lora_config(options: argparse.Namespace) -> "LoraConfig | None":
+    """The adapters, or None with ``--mode full``; alpha is twice the rank unless given."""
+    if options.mode == "full":
+        return None
+    from edgejax.models import LINEAR_NAMES, LoraConfig
+
+    rank = DEFAULT_RANK if options.rank is None else options.rank
+    return LoraConfig(
+        rank=rank,
+        alpha=2.0 * rank if options.alpha is None else options.alpha,
+        rslora=bool(options.rslora),
+        targets=LINEAR_NAMES if options.targets is None else tuple(options.targets),
     )
 
 
-def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is trained")
-    group.add_argument(
-        "--mode",
-        choices=("lora", "full"),
-        default="lora",
-        help="adapters, or all parameters (default: %(default)s)",
+def load_rows(options: argparse.Namespace, tokenizer: "Tokenizer", config: "ModelConfig") -> "Split":
+    """The training and held-out rows that ``--data`` and ``--held-out`` name."""
+    from edgejax.cli.session import source_of
+    from edgejax.data import load_text
+
+    share = _share(options.held_out)
+    held_out = (
+        {"held_out_source": source_of(options.held_out)} if share is None else {"held_out_fraction": share}
     )
-    group.add_argument("--rank", type=int, help="of the adapters (default: 8)")
-    group.add_argument("--alpha", type=float, help="adapters are scaled by alpha / rank (default: 2 * rank)")
-    group.add_argument(
-        "--rslora", action="store_true", default=None, help="scale by alpha / sqrt(rank) instead"
-    )
-    group.add_argument(
-        "--targets", type=names, metavar="NAME,...", help="linear layers with adapters (default: all)"
+    return load_text(
+        source_of(options.data),
+        tokenizer,
+        options.seq,
+        packing=not options.no_packing,
+        seed=options.seed,
+        max_position=config.max_position,
+        allow_long_context=options.allow_long_context,
+        vocab_size=config.vocab_size,
+        **held_out,
     )
 
 
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    length = group.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help=f"optimizer steps (default: {DEFAULT_STEPS})")
-    length.add_argument("--epochs", type=float, help="times through the training rows, instead of --steps")
-    group.add_argument("--batch", type=int, default=1, help="rows of a micro-step (default: %(default)s)")
-    group.add_argument(
-        "--accumulate", type=int, default=1, help="micro-steps of a step (default: %(default)s)"
-    )
-    group.add_argument(
-        "--optimizer", default="adamw", help="the name of an optax optimizer (default: %(default)s)"
-    )
-    group.add_argument(
-        "--optimizer-option", type=key_value, action="append", default=[], metavar="NAME=VALUE",
-        help="a further argument of the optimizer, like b2=0.95; may be repeated",
-    )  # fmt: skip
-    group.add_argument("--learning-rate", type=float, default=5e-4, help="at its peak (default: %(default)s)")
-    group.add_argument(
-        "--lr-schedule",
-        default="cosine",
-        help="after the warm-up: cosine, linear or constant (default: %(default)s)",
-    )
-    group.add_argument(
-        "--warmup", type=steps_or_share, default=0.05, metavar="STEPS|SHARE",
-        help="steps, or a share of all steps below 1 (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled (default: %(default)s)")
-    group.add_argument(
-        "--clip", type=number_or_none, default=1.0, metavar="NORM|none",
-        help="largest gradient norm (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--remat",
-        default="full",
-        help="what is recomputed: none, attention, mlp or full (default: %(default)s)",
-    )
-    group.add_argument(
-        "--schedule",
-        default="whole",
-        help=f"how a step is run; there is: {', '.join(SCHEDULES)} (default: %(default)s)",
-    )
-    group.add_argument(
-        "--seed", type=int, default=0, help="of adapters, split and order (default: %(default)s)"
+def train_settings(options: argparse.Namespace, train: "PackedDataset") -> "TrainSettings":
+    """The settings of the run; epochs become steps, the last one rounded up."""
+    from edgejax.train import TrainSettings
+
+    steps = DEFAULT_STEPS if options.steps is None else options.steps
+    if options.epochs is not None:
+        steps = math.ceil(options.epochs * train.n_rows / (options.batch * options.accumulate))
+    return TrainSettings(
+        steps=steps,
+        batch_size=options.batch,
+        accumulate=options.accumulate,
+        optimizer=options.optimizer,
+        optimizer_options=dict(options.optimizer_option),
+        learning_rate=options.learning_rate,
+        schedule=options.lr_schedule,
+        warmup=options.warmup,
+        weight_decay=options.weight_decay,
+        clip_norm=options.clip,
+        remat=options.remat,
+        seed=options.seed,
+        eval_every=options.eval_every,
+        eval_rows=options.eval_rows,
+        checkpoint_every=options.checkpoint_every,
+        keep_checkpoints=options.keep,
     )
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--out", type=Path, metavar="DIR", help="the run folder (default: runs/<model>-<time>)"
-    )
-    group.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out, with its own arguments"
-    )
-    group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    group.add_argument(
-        "--eval-every", type=int, metavar="STEPS", help="held-out loss between (default: ends only)"
-    )
-    group.add_argument(
-        "--eval-rows", type=int, metavar="ROWS", help="held-out rows of an evaluation (default: all)"
-    )
-    group.add_argument(
-        "--checkpoint-every", type=int, default=50, metavar="STEPS", help="(default: %(default)s)"
-    )
-    group.add_argument(
-        "--keep", type=int, default=2, help="newest checkpoints that stay (default: %(default)s)"
-    )
-    group.add_argument(
-        "--prompt", default="The with statement", help="continued before and after (default: %(default)r)"
-    )
-    group.add_argument("--json", action="store_true", help="end with the result as one line of JSON")
-    group.add_argument("--quiet", action="store_true", help="no progress and no summary")
+def _run_folder(given: dict[str, Any]) -> Path:
+    if "out" in given:
+        return given["out"]
+    for name in ("resume", "overwrite"):
+        if given.get(name):
+            raise ConfigError(f"--{name} needs --out: name the folder of the run")
+    stem = Path(given.get("model", DEFAULTS["model"])).stem
+    folder = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    same_second = (folder.with_name(f"{folder.name}-{n}") for n in range(2, 1000))
+    return next(path for path in (folder, *same_second) if not path.exists())
+
+
+def _share(held_out: list[str]) -> float | None:
+    """``--held-out`` as a share of the documents, or None where it names files."""
+    if len(held_out) != 1 or Path(held_out[0]).exists():
+        return None
+    try:
+        return float(held_out[0])
+    except ValueError:
+        return None
+
+
+def _announce(
+    options: argparse.Namespace, model: "LoadedModel", rows: "Split", settings: "TrainSettings", out: Path
+) -> None:
+    import sys
+
+    train, held_out = rows
+    lines = [
+        *model.notes,
+        f"model   {model.source.name}: {model.config.n_params():,} parameters, {model.source.format}",
+        f"data    {' '.join(options.data)}: {train.n_documents:,} documents in {train.n_rows:,} rows of "
+        f"{train.seq_length} to learn from, {held_out.n_documents:,} in {held_out.n_rows:,} held out",
+        f"run     {settings.steps} steps of {settings.batch_size * settings.accumulate} rows, in {out}",
+    ]
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,6 +1,5 @@
 """What commands do before their own work: open the model, its tokenizer and an adapter."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +11,7 @@ if TYPE_CHECKING:
     from edgejax.data import Tokenizer
     from edgejax.models import LoraConfig
     from edgejax.weights import LoadedModel
+    from edgejax.weights.leaves import Base
 
 
 class Opened(NamedTuple):
@@ -22,15 +22,16 @@ class Opened(NamedTuple):
     lora: "LoraConfig | None"
 
 
-def open_model(name: str, base: str, adapter: Path | None = None) -> Opened:
-    """Loads what ``--model``, ``--base`` and ``--adapter`` name.
+def open_model(name: str, base: "Base", adapter: Path | None = None, *, on_host: bool = False) -> Opened:
+    """Loads what ``--model``, ``--base`` and ``--adapter`` name; ``on_host`` leaves numpy arrays.
 
     Raises:
       WeightsError, ConfigError: as ``load_model`` and ``load_peft`` do.
     """
-    from edgejax.weights import load_model, load_peft
+    from edgejax.weights.export_peft import load_peft
+    from edgejax.weights.load import load_model
 
-    model = load_model(name, base=base)
+    model = load_model(name, base=base, on_host=on_host)
     if adapter is None:
         return Opened(model, {}, None)
     return Opened(model, *load_peft(adapter_folder(adapter), model.config))
@@ -50,6 +51,6 @@ def need_tokenizer(model: "LoadedModel") -> "Tokenizer":
     return model.tokenizer
 
 
-def source_of(paths: list[str]) -> str | list[str | os.PathLike]:
+def source_of(paths: list[str]) -> str | list[Path]:
     """What ``--data`` was given, as ``load_text`` takes it: the name of a corpus, or paths."""
     return paths[0] if len(paths) == 1 else [Path(path) for path in paths]

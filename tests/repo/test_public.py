@@ -1,5 +1,6 @@
 """The public API: importing is silent and light, and every public name is explained."""
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -51,6 +52,13 @@ def test_every_lazy_name_resolves_and_unknown_names_do_not():
     assert set(edgejax.__all__) <= set(dir(edgejax))
     with pytest.raises(AttributeError, match="no_such_thing"):
         edgejax.no_such_thing  # noqa: B018  the access is the test
+
+
+@pytest.mark.quick
+def test_type_checkers_see_the_same_names_from_the_same_places():
+    block = next(n for n in ast.parse(inspect.getsource(edgejax)).body if isinstance(n, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == edgejax._HOMES
 
 
 @pytest.mark.quick

@@ -1,0 +1,140 @@
+"""What ``edgejax finetune`` can be told. Only what was given is set, so that a resumed run can fill in the rest."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgejax.cli.options import BASES, DEFAULT_MODEL, key_value, names, number_or_none, steps_or_share
+
+SCHEDULES = ("whole",)
+DEFAULT_STEPS = 100
+DEFAULT_RANK = 8
+DEFAULTS: dict[str, Any] = {
+    "model": DEFAULT_MODEL,
+    "base": "auto",
+    "data": ["python-reference"],
+    "held_out": ["0.1"],
+    "seq": 512,
+    "no_packing": False,
+    "allow_long_context": False,
+    "mode": "lora",
+    "rank": None,
+    "alpha": None,
+    "rslora": None,
+    "targets": None,
+    "steps": None,
+    "epochs": None,
+    "batch": 1,
+    "accumulate": 1,
+    "optimizer": "adamw",
+    "optimizer_option": [],
+    "learning_rate": 5e-4,
+    "lr_schedule": "cosine",
+    "warmup": 0.05,
+    "weight_decay": 0.0,
+    "clip": 1.0,
+    "remat": "full",
+    "schedule": "whole",
+    "seed": 0,
+    "out": None,
+    "resume": False,
+    "overwrite": False,
+    "eval_every": None,
+    "eval_rows": None,
+    "checkpoint_every": 50,
+    "keep": 2,
+    "prompt": "The with statement",
+    "sample_tokens": 40,
+    "json": False,
+    "quiet": False,
+}
+EPILOG = """examples:
+  edgejax finetune --data python-reference
+  edgejax finetune --data notes.jsonl --held-out test.jsonl --epochs 3 --rank 16 --out runs/notes
+  edgejax finetune --resume --out runs/notes
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``edgejax finetune``; those not given are absent from what is parsed (see ``DEFAULTS``)."""
+    parser.epilog = EPILOG
+    add = _adder(parser.add_argument_group("model and data"))
+    add(
+        "--model",
+        metavar="NAME|PATH",
+        help="a name that `edgejax models` lists, a GGUF file or a Hugging Face folder",
+    )
+    add(
+        "--base",
+        choices=BASES,
+        help="how the frozen weights are held; auto: as they came where that is exact",
+    )
+    add("--data", nargs="+", metavar="PATH", help="text, JSON lines, folders of them, or python-reference")
+    add(
+        "--held-out",
+        nargs="+",
+        metavar="SHARE|PATH",
+        help="share of the documents put aside, or files of their own",
+    )
+    add("--seq", type=int, help="positions of a row")
+    add("--no-packing", action="store_true", help="one document a row instead of many")
+    add("--allow-long-context", action="store_true", help="let --seq exceed the model's context")
+
+    add = _adder(parser.add_argument_group("what is trained"))
+    add("--mode", choices=("lora", "full"), help="adapters, or all parameters")
+    add("--rank", type=int, help=f"of the adapters (default: {DEFAULT_RANK})")
+    add("--alpha", type=float, help="adapters are scaled by alpha / rank (default: twice the rank)")
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(rank) instead")
+    add("--targets", type=names, metavar="NAME,...", help="linear layers that get adapters (default: all)")
+
+    group = parser.add_argument_group("training")
+    length = _adder(group.add_mutually_exclusive_group())
+    length("--steps", type=int, help=f"optimizer steps (default: {DEFAULT_STEPS})")
+    length("--epochs", type=float, help="times through the training rows, instead of --steps")
+    add = _adder(group)
+    add("--batch", type=int, help="rows of a micro-step")
+    add("--accumulate", type=int, help="micro-steps of a step")
+    add("--optimizer", metavar="NAME", help="any optax optimizer")
+    add(
+        "--optimizer-option", type=key_value, action="append", metavar="NAME=VALUE",
+        help="a further argument of the optimizer, like b2=0.95; may be repeated",
+    )  # fmt: skip
+    add("--learning-rate", type=float, help="at its peak")
+    add("--lr-schedule", metavar="NAME", help="after the warm-up: cosine, linear or constant")
+    add("--warmup", type=steps_or_share, metavar="STEPS|SHARE", help="steps, or a share of all steps below 1")
+    add("--weight-decay", type=float, help="decoupled")
+    add("--clip", type=number_or_none, metavar="NORM|none", help="largest gradient norm")
+    add("--remat", metavar="POLICY", help="what the backward pass recomputes: none, attention, mlp or full")
+    add("--schedule", metavar="NAME", help=f"how a step is run; there is: {', '.join(SCHEDULES)}")
+    add("--seed", type=int, help="of the adapters' start, the split and the order of rows")
+
+    add = _adder(parser.add_argument_group("run"))
+    add("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/<model>-<time>)")
+    add("--resume", action="store_true", help="go on with the run in --out, with its own arguments")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add(
+        "--eval-every",
+        type=int,
+        metavar="STEPS",
+        help="held-out loss in between (default: before and after only)",
+    )
+    add("--eval-rows", type=int, metavar="ROWS", help="held-out rows of an evaluation (default: all)")
+    add("--checkpoint-every", type=int, metavar="STEPS", help="one is always written at the end")
+    add("--keep", type=int, metavar="N", help="newest checkpoints that stay")
+    add("--prompt", help="continued before and after")
+    add("--sample-tokens", type=int, metavar="N", help="length of those continuations; 0: none")
+    add("--json", action="store_true", help="end with the result as one line of JSON")
+    add("--quiet", action="store_true", help="no progress and no summary")
+
+
+def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:
+    """``group.add_argument`` that sets nothing by itself and says the default in the help."""
+
+    def add(flag: str, *, help: str, **kwargs: Any) -> None:
+        value = DEFAULTS[flag.removeprefix("--").replace("-", "_")]
+        if value is not None and value is not False and value != []:
+            help += f" (default: {' '.join(value) if isinstance(value, list) else value})"
+        group.add_argument(flag, help=help.replace("%", "%%"), default=argparse.SUPPRESS, **kwargs)
+
+    return add
