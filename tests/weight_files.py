@@ -100,7 +100,9 @@ def wide_tensor(tensors: dict, name: str) -> np.ndarray:
     return gguf.quants.dequantize(raw, kind)
 
 
-def write_gguf(path: Path, config: ModelConfig, tensors: dict, *, arch=None, tokenizer=True, extra=None) -> Path:
+def write_gguf(
+    path: Path, config: ModelConfig, tensors: dict, *, arch=None, tokenizer=True, extra=None
+) -> Path:
     """The file; ``extra`` is called with the writer to add or change metadata."""
     arch = arch or config.family
     writer = gguf.GGUFWriter(path, arch)

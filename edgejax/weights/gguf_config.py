@@ -24,6 +24,13 @@ _UNSUPPORTED = (  # <architecture>.<key>: changes the maths where it is not 0, 1
     "embedding_scale", "residual_scale", "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias",
     "use_parallel_residual", "attention.layer_norm_epsilon", "rope.scaling.attn_factor", "attention.temperature_scale",
 )  # fmt: skip
+_KNOWN = {
+    "block_count", "embedding_length", "feed_forward_length", "context_length", "vocab_size",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "attention.sliding_window_pattern",
+    "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scale_linear", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+}  # fmt: skip
 _LLAMA3_VARIANTS = (  # factor, low, high, original context of the Llama 3.1 and 3.2 model cards
     (8.0, 1.0, 4.0, 8192),
     (32.0, 1.0, 4.0, 8192),
@@ -76,6 +83,13 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         )
     except ConfigError as error:
         raise WeightsError(f"{file.path}: {error}") from error
+
+
+def unknown_keys(file: GgufFile) -> list[str]:
+    """Settings of the architecture that nobody here knows; they are passed over, and should be told of."""
+    prefix = f"{file.metadata.get('general.architecture')}."
+    ours = (key for key in file.metadata if key.startswith(prefix))
+    return sorted(key for key in ours if key.removeprefix(prefix) not in {*_KNOWN, *_UNSUPPORTED})
 
 
 class _Keys:

@@ -11,7 +11,7 @@ from edgejax.models.config import ModelConfig
 from edgejax.quant import QuantizedArray
 from edgejax.weights.form import Form
 from edgejax.weights.gguf_blocks import block_form, decode_rows
-from edgejax.weights.gguf_config import ROPE_FREQS, gguf_config
+from edgejax.weights.gguf_config import ROPE_FREQS, gguf_config, unknown_keys
 from edgejax.weights.gguf_file import GgufFile, GgufTensor, open_gguf
 from edgejax.weights.names import LeafName, interleave_rows, leaf_names
 
@@ -32,10 +32,8 @@ class GgufSource:
         self.config: ModelConfig = gguf_config(self.file)
         self.leaves = leaf_names(self.config)
         self._refuse_leftovers()
-
-    @property
-    def weight_files(self) -> list[Path]:
-        return [self.path]
+        unknown = unknown_keys(self.file)
+        self.notes = [f"unknown settings were passed over: {', '.join(unknown)}"] if unknown else []
 
     def _tensor(self, leaf: LeafName, layer: int) -> GgufTensor:
         return self.file.tensor(leaf.gguf_name(layer))

@@ -64,17 +64,19 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
             "(SentencePiece BPE)"
         )
     _add_special(backend, tokens, types)
+    bos_id = fields.token_id("bos_token_id")
+    by_default = bos_id is not None and (kind == "llama" or pre in _WHOLE_WORDS_FIRST)
     named = [fields.token_id("eos_token_id"), fields.token_id("eot_token_id")]
     by_text = [backend.token_to_id(text) for text in STOP_TEXTS]
     stops = [i for i in named if i is not None]
     stops += [i for i in by_text if i is not None and types[i] != _NORMAL]
     return Tokenizer(
         backend,
-        bos_id=fields.token_id("bos_token_id"),
+        bos_id=bos_id,
         eos_id=named[0],
         pad_id=fields.token_id("padding_token_id"),
         stop_ids=tuple(dict.fromkeys(stops)),
-        add_bos=bool(fields.get("add_bos_token", kind == "llama" or pre in _WHOLE_WORDS_FIRST)),
+        add_bos=bool(fields.get("add_bos_token", by_default)),
         chat_template=file.metadata.get("tokenizer.chat_template"),
     )
 

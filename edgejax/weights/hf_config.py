@@ -13,7 +13,11 @@ from edgejax.core.errors import ConfigError, WeightsError
 from edgejax.models.config import ModelConfig, RopeScaling
 from edgejax.weights.names import HF_ARCHITECTURES, HF_MODEL_TYPES
 
-_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {  # of the transformers configuration classes
     "llama": {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0},
     "qwen2": {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0},
@@ -38,6 +42,7 @@ _MUST_BE_OFF = (  # null, 0 or False, or the maths is another one
     "attn_logit_softcapping", "final_logit_softcapping", "use_sliding_window", "use_bidirectional_attention",
     "quantization_config", "num_experts", "num_local_experts", "n_routed_experts", "logit_scale", "attn_scale",
     "use_qk_norm", "qk_layernorm", "use_parallel_residual", "alibi", "clip_qkv", "no_rope_layers",
+    "use_mrope",
 )  # fmt: skip
 _MUST_BE_ONE = (
     "partial_rotary_factor", "rotary_pct", "residual_multiplier", "embedding_multiplier", "logits_scaling",
@@ -56,7 +61,7 @@ _HARMLESS = {
     "boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image", "_attn_implementation",
     "_attn_implementation_autoset", "output_attentions", "output_hidden_states", "return_dict", "id2label",
     "label2id", "unsloth_fixed", "unsloth_version", "auto_map", "is_decoder", "is_encoder_decoder",
-    "chunk_size_feed_forward", "problem_type", "use_mrope", "bos_token", "eos_token",
+    "chunk_size_feed_forward", "problem_type", "bos_token", "eos_token",
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def hf_tokenizer(folder: Path) -> Tokenizer:
         eos_id=ids["eos"],
         pad_id=ids["pad"],
         stop_ids=tuple(dict.fromkeys(stops)),
-        add_bos=_adds_bos(backend, ids["bos"]),
+        add_bos=_adds_bos(backend, settings, ids["bos"]),
         chat_template=_chat_template(folder, settings),
     )
 
@@ -69,10 +69,13 @@ def _special_id(backend: Backend, text: str) -> int | None:
     return found if found is not None and found in added else None
 
 
-def _adds_bos(backend: Backend, bos_id: int | None) -> bool:
-    """Whether the post-processor of tokenizer.json puts BOS before a text."""
-    ids = backend.encode("", add_special_tokens=True).ids
-    return bos_id is not None and ids[:1] == [bos_id]
+def _adds_bos(backend: Backend, settings: dict, bos_id: int | None) -> bool:
+    """What tokenizer_config.json says; else whether the post-processor of tokenizer.json puts BOS first."""
+    if bos_id is None:
+        return False
+    if isinstance(settings.get("add_bos_token"), bool):
+        return settings["add_bos_token"]
+    return backend.encode("", add_special_tokens=True).ids[:1] == [bos_id]
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:

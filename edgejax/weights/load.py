@@ -83,10 +83,15 @@ def load_model(
     if base not in BASES:
         raise ConfigError(f"base {base!r} is unknown; there are: {', '.join(BASES)}")
     path = resolve(name_or_path)
-    source = HfSource(path) if path.is_dir() else GgufSource(path)
-    sha256 = fingerprint(source.weight_files)
-    check_known_hash(name_or_path, path, sha256)
-    notes: list[str] = list(getattr(source, "notes", ()))
+    source: HfSource | GgufSource
+    if path.is_dir():
+        source = HfSource(path)
+        sha256 = fingerprint(source.weight_files)
+    else:
+        sha256 = fingerprint([path])
+        check_known_hash(name_or_path, path, sha256)  # before anything is believed of it
+        source = GgufSource(path)
+    notes: list[str] = list(source.notes)
     tokenizer = _tokenizer(source) if need_tokenizer else None
     params = load_params(source, base, notes)
     if not on_host:
@@ -115,8 +120,11 @@ def fingerprint(files: list[Path]) -> str:
     """sha256 of a file, or of several files' hashes in order."""
     hashes = []
     for path in files:
-        with open(path, "rb", buffering=0) as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+        try:
+            with open(path, "rb", buffering=0) as file:
+                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise WeightsError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

@@ -41,7 +41,9 @@ def by_formula(q: QuantizedArray) -> np.ndarray:
 
 
 @given(
-    hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.sampled_from([8, 16, 40])), elements=st.integers(0, 15))
+    hnp.arrays(
+        np.uint8, st.tuples(st.integers(1, 3), st.sampled_from([8, 16, 40])), elements=st.integers(0, 15)
+    )
 )
 def test_nibbles_come_back(codes):
     words = pack_nibbles(codes)

@@ -54,7 +54,9 @@ def test_mixed_types_share_a_form_that_changes_no_value(pair):
     decoded = []
     for kind in pair:
         raw, _ = raw_tensor(kind, (3, 512), np.random.default_rng(3))
-        decoded.append((decode_rows(kind, np.ascontiguousarray(raw).view(np.uint8).reshape(3, -1)), raw, kind))
+        decoded.append(
+            (decode_rows(kind, np.ascontiguousarray(raw).view(np.uint8).reshape(3, -1)), raw, kind)
+        )
     joined = join_forms(form_of(leaf) for leaf, _, _ in decoded)
     for leaf, raw, kind in decoded:
         same = convert(leaf, joined)

@@ -132,7 +132,9 @@ def test_float_bases(base, tmp_path):
 
 def test_rows_that_have_no_whole_blocks_stay_bf16_with_a_note(tmp_path):
     config = tiny("llama", width=48)
-    model = load_model(write_gguf(tmp_path / "m.gguf", config, gguf_tensors(config)), base="int4", on_host=True)
+    model = load_model(
+        write_gguf(tmp_path / "m.gguf", config, gguf_tensors(config)), base="int4", on_host=True
+    )
     assert model.params["blocks"]["q_proj"]["kernel"].dtype == leaves.BFLOAT16
     assert model.params["blocks"]["down_proj"]["kernel"].bits == 4  # rows of 96
     assert any("rows of 48" in note and "bf16, not int4" in note for note in model.notes)
@@ -200,6 +202,14 @@ def test_linear_scaling(tmp_path):
 
     model = load_model(write_gguf(tmp_path / "m.gguf", config, gguf_tensors(config), extra=extra))
     assert model.config == config
+
+
+def test_settings_nobody_knows_are_noted(tmp_path):
+    config = tiny("llama")
+    path = write_gguf(
+        tmp_path / "m.gguf", config, gguf_tensors(config), extra=lambda w: w.add_uint32("llama.hyperdrive", 9)
+    )
+    assert load_model(path).notes == ("unknown settings were passed over: llama.hyperdrive",)
 
 
 def test_a_quantised_row_order_is_exact(tmp_path):

@@ -40,7 +40,9 @@ def test_each_family_comes_in_whole(family, shards, tmp_path):
         if config.qk_norm:
             norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
         for ours, theirs in norms.items():
-            np.testing.assert_array_equal(blocks[ours]["scale"][i], tensors[p + theirs + ".weight"] + np.float32(plus))
+            np.testing.assert_array_equal(
+                blocks[ours]["scale"][i], tensors[p + theirs + ".weight"] + np.float32(plus)
+            )
         if config.qkv_bias:
             np.testing.assert_array_equal(blocks["k_proj"]["bias"][i], tensors[p + "self_attn.k_proj.bias"])
     np.testing.assert_array_equal(
@@ -237,7 +239,7 @@ def test_a_shard_that_is_missing(tmp_path):
     config = tiny("llama")
     folder = write_hf(tmp_path / "m", hf_settings(config), hf_tensors(config), shards=2)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(WeightsError, match="model-00002-of-00002.*cannot be opened"):
+    with pytest.raises(WeightsError, match=r"model-00002-of-00002.*cannot be opened"):
         load(folder)
 
 
