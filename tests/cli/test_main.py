@@ -24,7 +24,7 @@ def test_help_works_without_jax(arguments):
         "import sys\nfrom edgejax.cli.main import main\n"
         f"code = main({arguments!r})\n"
         "heavy = sorted({'jax', 'flax', 'optax', 'orbax', 'torch', 'gguf', 'tokenizers'} & set(sys.modules))\n"
-        "sys.exit(code or str(heavy) * bool(heavy))"
+        "sys.exit(code or (str(heavy) if heavy else 0))"
     )
     done = run_python("-c", code)
     assert (done.returncode, done.stderr) == (0, "")
