@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MEMORY_NOTES = {
     "weights": "the frozen base, bytes of its arrays",
     "adapters": "what is trained, bytes of its arrays",
+    "trained weights": "float32, bytes of their arrays",
     "optimizer": "its state, bytes of its arrays",
     "activations": "XLA's temporary memory of one step: activations, gradients, scratch (buffer assignment)",
     "runtime": "resident before the model was loaded: Python, JAX, libraries",
@@ -101,10 +102,6 @@ def report_data(
     curve = {
         kind: [(r["step"], r["loss"]) for r in records if r["kind"] == kind] for kind in ("train", "eval")
     }
-    memory = result.memory.by_source()
-    rest = result.memory.peak_rss_bytes - sum(memory.values())
-    if rest > 0:
-        memory["rest"] = rest
     adapters = {} if lora is None else dataclasses.asdict(lora)
     given = {"model": model.source.name, "data": options.data, "base": model.source.base, "mode": result.mode}
     return ReportData(
@@ -116,7 +113,7 @@ def report_data(
         held_out_loss=curve["eval"],
         tokens_per_s=result.tokens_per_s,
         peak_bytes=result.memory.peak_rss_bytes,
-        memory_bytes=memory,
+        memory_bytes=memory_by_source(result),
         memory_notes=MEMORY_NOTES,
         settings=given | {"sequence length": rows.train.seq_length} | adapters | settings.to_json(),
         versions=package_versions(),
@@ -127,6 +124,17 @@ def report_data(
         },
         samples=[] if sample is None else [sample],
     )
+
+
+def memory_by_source(result: "FinetuneResult") -> dict[str, int]:
+    """Bytes by source up to the peak of the process, named as ``MEMORY_NOTES`` does."""
+    sources = result.memory.by_source()
+    if result.mode == "full":
+        sources = {
+            ("trained weights" if name == "adapters" else name): size for name, size in sources.items()
+        }
+    rest = result.memory.peak_rss_bytes - sum(sources.values())
+    return sources | ({"rest": rest} if rest > 0 else {})
 
 
 def device_name() -> str:
@@ -153,7 +161,7 @@ def closing_text(result: "FinetuneResult", sample: Sample | None, trained: Path,
         f"time                 {format_seconds(result.seconds)} for {result.steps} steps and evaluations"
     )
     lines.append(f"peak memory          {format_bytes(result.memory.peak_rss_bytes)} resident, of which")
-    lines += [f"  {name:<19}{format_bytes(size):>10}" for name, size in result.memory.by_source().items()]
+    lines += [f"  {name:<19}{format_bytes(size):>10}" for name, size in memory_by_source(result).items()]
     if sample is not None:
         lines += ["", f"prompt  {sample.prompt}", f"before  {_one_line(sample.before)}"]
         lines += [f"after   {_one_line(sample.after)}"]

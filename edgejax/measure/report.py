@@ -163,6 +163,8 @@ def _text(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_text(item) for item in value)
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} = {_text(item)}" for name, item in value.items()) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -2,9 +2,9 @@
 
 STYLE = """
 :root{--bg:#f6f7f9;--panel:#fff;--ink:#1b2430;--soft:#5b6675;--line:#dfe3e9;--train:#2f6fde;--held:#c2570c;
---c0:#2f6fde;--c1:#d9730d;--c2:#148f64;--c3:#8a4fd3;--c4:#8791a0;--c5:#c23b6b}
+--c0:#2f6fde;--c1:#d9730d;--c2:#148f64;--c3:#8a4fd3;--c4:#8791a0;--c5:#c6cdd6}
 @media(prefers-color-scheme:dark){:root{--bg:#11151b;--panel:#1a2029;--ink:#e6eaf0;--soft:#9aa6b5;--line:#2c3541;
---train:#6ea2ff;--held:#ffa14f;--c0:#6ea2ff;--c1:#ffa14f;--c2:#3fc993;--c3:#b78bf5;--c4:#7c8796;--c5:#f0719c}}
+--train:#6ea2ff;--held:#ffa14f;--c0:#6ea2ff;--c1:#ffa14f;--c2:#3fc993;--c3:#b78bf5;--c4:#7c8796;--c5:#434e5c}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 3rem}

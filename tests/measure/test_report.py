@@ -122,6 +122,17 @@ def test_curve_has_one_vertex_a_step_and_one_dot_an_evaluation():
     assert [a["title"] for tag, a in page.seen if tag == "i"] == ["step 0: 3.0000", "step 3: 2.0000"]
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "none"), (True, "yes"), (3e-4, "0.0003"), (12, "12"), ((), "none"), (("a", 0.5), "a, 0.5"),
+        ({}, "none"), ({"b2": 0.95, "nesterov": False}, "b2 = 0.95, nesterov = no"),
+    ],
+)  # fmt: skip
+def test_settings_read_as_a_person_writes_them(value, text):
+    assert f"<span>{text}</span>" in report_html(run_data(settings={"x": value}))
+
+
 def test_bar_is_in_proportion():
     page = outline(report_html(run_data()))
     rects = [a for tag, a in page.seen if tag == "rect"]
