@@ -1,5 +1,8 @@
 """Weights in and out: GGUF, safetensors, tokenizers, presets, adapters."""
 
+from edgejax.weights.export import EXPORT_FORMATS as EXPORT_FORMATS
+from edgejax.weights.export_lora_gguf import load_lora_gguf as load_lora_gguf
+from edgejax.weights.export_peft import load_peft as load_peft
 from edgejax.weights.load import LoadedModel as LoadedModel
 from edgejax.weights.load import ModelSource as ModelSource
 from edgejax.weights.load import load_model as load_model

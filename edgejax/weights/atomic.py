@@ -121,12 +121,15 @@ def _as_run_error(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # numpy's tofile, which writes GGUF tensors, reports a full disk as a short write without a number.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
             raise RunError(
                 f"no space left while writing {target}; nothing was kept of it. Free some space or write elsewhere"
             ) from error
+        where = f" ({error.filename})" if error.filename else ""
         raise RunError(
-            f"cannot write {target}: {error.strerror or error}; nothing was kept of it. Choose a place that can be written"
+            f"cannot write {target}: {error.strerror or error}{where}; nothing was kept of it. Choose a place that can "
+            "be written"
         ) from error
 
 

@@ -11,7 +11,8 @@ from edgejax.weights.export_gguf import export_gguf
 from edgejax.weights.export_lora_gguf import export_lora_gguf
 from edgejax.weights.export_merged import export_merged
 from edgejax.weights.export_peft import export_peft
-from edgejax.weights.load import LoadedModel
+from edgejax.weights.load import LoadedModel, ModelSource
+from edgejax.weights.presets import PRESETS
 
 ExportFormat = Literal["peft", "lora-gguf", "merged-safetensors", "merged-gguf-f16", "merged-gguf-q8_0"]
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportFormat)
@@ -64,8 +65,7 @@ def export(
                 f"{format} holds adapters, and this run trained all parameters: use a merged format"
             )
         write = export_peft if format == "peft" else export_lora_gguf
-        base_name = source.path if format == "peft" and not from_gguf else source.name
-        return write(adapters, lora, config, out, base_name=base_name, overwrite=overwrite)
+        return write(adapters, lora, config, out, base_name=_base_name(source), overwrite=overwrite)
     tree = model.params if params is None else params
     if format == "merged-safetensors":
         return export_merged(
@@ -91,3 +91,11 @@ def export(
         weight_type="f16" if format == "merged-gguf-f16" else "q8_0",
         overwrite=overwrite,
     )
+
+
+def _base_name(source: ModelSource) -> str:
+    """What PEFT can load the base by: the hub's name of a preset, else the folder or name that was given."""
+    preset = PRESETS.get(source.name)
+    if preset is not None and preset.hub_repo:
+        return preset.hub_repo
+    return source.name
