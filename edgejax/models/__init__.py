@@ -7,5 +7,7 @@ from edgejax.models.decoder import Decoder as Decoder
 from edgejax.models.forward import hidden_states as hidden_states
 from edgejax.models.forward import logits as logits
 from edgejax.models.forward import loss as loss
+from edgejax.models.generate import GenerationResult as GenerationResult
+from edgejax.models.generate import generate as generate
 from edgejax.models.lora import LoraConfig as LoraConfig
 from edgejax.models.lora import init_lora as init_lora

@@ -11,19 +11,20 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
 from edgejax.core.arrays import Array
-from edgejax.kernels.quant_matmul import quant_matmul
+from edgejax.kernels.quant_matmul import lora_matmul, quant_matmul
 from edgejax.models.config import ModelConfig
 from edgejax.models.lora import LoraConfig
 from edgejax.models.rope import RopeTables, rotate
+from edgejax.quant import is_quantized
 
 INIT_STD = 0.02
 
 
 class Linear(nn.Module):
-    """``y = W x + b + scaling * B (A x)``; the last term where the ``lora`` collection holds this layer.
+    """``y = W x + b``, plus ``scaling * B (A x)`` where the ``lora`` collection holds this layer.
 
-    A float32 kernel is differentiated as usual; any other (bf16, float16, quantised) is frozen, stays as it is
-    stored, and is read through ``quant_matmul``.
+    Beside an adapter, and in any dtype but float32, the kernel is frozen: it stays as it is stored and has no
+    gradient. A float32 kernel without an adapter is differentiated as usual (full-parameter training).
     """
 
     n_out: int
@@ -33,22 +34,19 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         kernel = self.variable("params", "kernel", self._init_kernel, x.shape[-1]).value
-        y = _dot(x, kernel)
-        if self.use_bias:
-            y = y + self.variable("params", "bias", jnp.zeros, (self.n_out,)).value
         if self.has_variable("lora", "lora_a"):
             a, b = self.get_variable("lora", "lora_a"), self.get_variable("lora", "lora_b")
-            y = y + _dot(_dot(x, a) * self.lora_scaling, b)
+            y = lora_matmul(x, kernel, a, b, self.lora_scaling)
+        elif is_quantized(kernel) or kernel.dtype != jnp.float32:
+            y = quant_matmul(x, kernel)
+        else:
+            y = x @ kernel.T
+        if self.use_bias:
+            y = y + self.variable("params", "bias", jnp.zeros, (self.n_out,)).value
         return y
 
     def _init_kernel(self, n_in: int):
         return INIT_STD * jax.random.normal(self.make_rng("params"), (self.n_out, n_in), jnp.float32)
-
-
-def _dot(x, kernel):
-    if isinstance(kernel, jax.Array) and kernel.dtype == jnp.float32:
-        return x @ kernel.T
-    return quant_matmul(x, kernel)
 
 
 class RMSNorm(nn.Module):
@@ -59,8 +57,24 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = self.variable("params", "scale", jnp.ones, (x.shape[-1],)).value
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean_square + self.eps) * scale
+        return _normalize(x, scale, self.eps)
+
+
+def _recomputed(function):
+    """Elementwise work is always made again in the backward pass: keeping it costs more time than making it."""
+    return jax.checkpoint(function, prevent_cse=False, static_argnums=(2,))
+
+
+@_recomputed
+def _normalize(x, scale, eps: float):
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + eps) * scale
+
+
+@_recomputed
+def _gated(gate, up, activation: str):
+    act = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    return act * up
 
 
 class Block(nn.Module):
@@ -97,18 +111,17 @@ class Block(nn.Module):
         if rope.cos_sliding is not None:
             cos = jnp.where(sliding, rope.cos_sliding, cos)
             sin = jnp.where(sliding, rope.sin_sliding, sin)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
     def finish(self, h: Float[Array, "B T D"], attended: Float[Array, "B T H C"]) -> Float[Array, "B T D"]:
         """The layer's output from its input and what attention gave."""
         config = self.config
-        attended = checkpoint_name(attended, "attended")
         x = self.o_proj(attended.reshape(*h.shape[:-1], -1))
         h = h + (self.attn_post_norm(x) if config.post_norms else x)
         h = checkpoint_name(h, "mlp_input")
         x = self.mlp_norm(h)
         gate = checkpoint_name(self.gate_proj(x), "gate")
         up = checkpoint_name(self.up_proj(x), "up")
-        gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        x = self.down_proj(gate * up)
+        x = self.down_proj(_gated(gate, up, config.activation))
         return h + (self.mlp_post_norm(x) if config.post_norms else x)

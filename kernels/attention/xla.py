@@ -15,6 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from edgejax.core.arrays import Array
@@ -41,6 +42,8 @@ def attention_xla(
 def _forward(q, k, v, segment_ids, use_window, scale, window):
     run = partial(_forward_static, q, k, v, segment_ids, scale)
     out, lse = _by_kind(run, use_window, window)
+    # Named so that a remat policy may keep the two and not run this forward pass again.
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return out, (q, k, v, segment_ids, use_window, out, lse)
 
 
@@ -157,18 +160,21 @@ def _pad_rows(x, padded: int):
 
 
 def _mask(start, block: int, bundle: Bundle, window, segments, rows: _RowLayout):
-    """bool ``[B K or 1, 1, Q, S]``: what the block of rows from ``start`` sees of the bundle's keys."""
+    """Float32 ``[B K or 1, 1, Q, S]`` added to scores: 0 for keys the block from row ``start`` sees, else MASKED.
+
+    Added, not selected: XLA would hoist the select's constant operand out of the layer scan at full size.
+    """
     key_index = jnp.arange(bundle.key_start, bundle.key_stop)
     seen = visible(start + jnp.arange(block), key_index, window)[None, None]
     if segments is None:
-        return seen
+        return jnp.where(seen, 0.0, MASKED)
     own = lax.dynamic_slice_in_dim(segments, start, block, axis=1)
     same = own[:, :, None] == segments[:, None, bundle.key_start : bundle.key_stop]
-    return jnp.repeat(same, rows.n_kv, axis=0)[:, None] & seen
+    return jnp.repeat(jnp.where(same[:, None] & seen, 0.0, MASKED), rows.n_kv, axis=0)
 
 
 def _scores(qb, kb, scale: float, mask):
-    return jnp.where(mask, _rows_times_transposed(qb, kb) * scale, MASKED)
+    return _rows_times_transposed(qb, kb) * scale + mask
 
 
 def _rows_times_transposed(x, keys):

@@ -1,4 +1,5 @@
-"""Products with weights held in 4 or 8 bits."""
+"""Products with frozen weights held in 4, 8, 16 or 32 bits, with or without a LoRA pair."""
 
 from edgejax.kernels.quant_matmul.reference import quant_matmul_reference as quant_matmul_reference
+from edgejax.kernels.quant_matmul.xla import lora_matmul_xla as lora_matmul
 from edgejax.kernels.quant_matmul.xla import quant_matmul_xla as quant_matmul
