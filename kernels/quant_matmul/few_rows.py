@@ -1,7 +1,6 @@
-"""``y = x W^T`` for the one or two rows of cached decoding, where reading the weight is all the work.
+"""``y = x W^T`` for the few rows of cached decoding, where reading the weight is all the work.
 
-The training path widens the weight and multiplies: for many rows that costs 1%, for one row it is five times the
-product itself. Here 4-bit codes are multiplied as they are unpacked and the affine map is applied to sums of a block:
+Widening the weight first costs 1% where rows are many; with one row it is nearly all there is to do. Here 4-bit codes are multiplied as they are unpacked and the affine map is applied to sums of a block:
 
     y[n, o] = sum_q ( scale[o, q] sum_{i in q} code[o, i] x[n, i]  +  minimum[o, q] sum_{i in q} x[n, i] )
 
@@ -16,11 +15,19 @@ from jaxtyping import Float
 from edgejax.core.arrays import Array
 from edgejax.quant.array import NIBBLE_SHIFTS, NIBBLES_PER_WORD, QuantizedArray, Weight, dequantize
 
-FEW_ROWS = 2  # beyond, widening once serves all rows
+FEW_ROWS = 4  # beyond, widening once for all rows is faster
 
 
 def few_rows_matmul(x: Float[Array, "N I"], weight: Weight) -> Float[Array, "N O"]:
-    """``x [N, I]`` times the transpose of ``weight [O, I]``, in float32; meant for N up to ``FEW_ROWS``."""
+    """``x [N, I]`` times the transpose of ``weight [O, I]``, in float32; meant for N up to ``FEW_ROWS``.
+
+    Weights that are not 4-bit codes are widened inside the product (XLA fuses the two for a matrix ``[N, I]``, not
+    for a longer shape).
+
+    Example:
+      >>> few_rows_matmul(jnp.ones((1, 3)), jnp.ones((2, 3))).tolist()
+      [[3.0, 3.0]]
+    """
     x = x.astype(jnp.float32)
     if isinstance(weight, QuantizedArray) and weight.bits == 4:
         return jax.vmap(lambda row: _four_bits(row, weight))(x)
