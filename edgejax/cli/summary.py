@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgejax.core.arrays import PyTree
 from edgejax.core.host import cpu_name, host_limits, package_versions
 from edgejax.core.units import format_bytes, format_seconds
 from edgejax.measure.report import ReportData, Sample, write_report
@@ -73,15 +74,21 @@ def make_sample(
     """The prompt's most likely continuation by the base and by what was trained; None with ``--sample-tokens 0``."""
     if options.sample_tokens == 0:
         return None
+    import jax
+    import jax.numpy as jnp
+
     from edgejax.models import generate
 
-    n = options.sample_tokens
-    before = generate(model, options.prompt, max_tokens=n)
+    def text(model: "LoadedModel", adapters: PyTree) -> str:
+        return generate(
+            model, options.prompt, adapters=adapters, lora=lora, max_tokens=options.sample_tokens
+        ).text
+
     if lora is None:
-        trained = dataclasses.replace(model, params=result.trainable)
-        after = generate(trained, options.prompt, max_tokens=n)
-    else:
-        after = generate(model, options.prompt, adapters=result.adapters, lora=lora, max_tokens=n)
+        before, after = text(model, {}), text(dataclasses.replace(model, params=result.trainable), {})
+    else:  # adapters of zeros leave the base as it is, to the bit, and need no further program
+        before = text(model, jax.tree.map(jnp.zeros_like, result.adapters))
+        after = text(model, result.adapters)
     return Sample(prompt=options.prompt, before=before, after=after)
 
 
