@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_model_arguments(parser, adapter=False)
     parser.add_argument(
-        "--random-weights", action="store_true", help="random weights and tokens of the model's shape; no file"
+        "--random-weights",
+        action="store_true",
+        help="random weights and tokens of the model's shape; no file",
     )
     group = parser.add_argument_group("the step")
     group.add_argument(
@@ -42,16 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=defaults.batch, help="rows of a micro-step (default: %(default)s)"
     )
     group.add_argument(
-        "--accumulate", type=int, default=defaults.accumulate, help="micro-steps of a step (default: %(default)s)"
+        "--accumulate",
+        type=int,
+        default=defaults.accumulate,
+        help="micro-steps of a step (default: %(default)s)",
     )
-    group.add_argument(
-        "--seq", type=int, default=defaults.seq, help="tokens of a row (default: %(default)s)"
-    )
+    group.add_argument("--seq", type=int, default=defaults.seq, help="tokens of a row (default: %(default)s)")
     group.add_argument(
         "--remat", default=defaults.remat,
         help="what is recomputed: none, attention, mlp or full (default: %(default)s)",
     )  # fmt: skip
-    group.add_argument("--optimizer", default=defaults.optimizer, help="an optax optimizer (default: %(default)s)")
+    group.add_argument(
+        "--optimizer", default=defaults.optimizer, help="an optax optimizer (default: %(default)s)"
+    )
     group.add_argument(
         "--schedule", default=defaults.schedule,
         help=f"how a step is run; there is: {', '.join(SCHEDULES)} (default: %(default)s)",

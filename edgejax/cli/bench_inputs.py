@@ -20,7 +20,7 @@ from edgejax.data.tokenizer import Tokenizer
 from edgejax.models import ModelConfig, RopeScaling
 from edgejax.quant import dequantize, is_quantized
 from edgejax.weights.form import Form, float_form
-from edgejax.weights.leaves import BASES
+from edgejax.weights.leaves import check_base
 from edgejax.weights.load import load_model, load_params
 from edgejax.weights.names import LeafName, leaf_names
 
@@ -79,7 +79,7 @@ def load_inputs(settings: BenchSettings) -> BenchInputs:
     base = "f32" if settings.mode == "full" else settings.base
     if settings.random_weights:
         return _random_inputs(settings, base)
-    model = load_model(settings.model, base=base)
+    model = load_model(settings.model, base=check_base(base))
     _check_length(settings, model.config)
     if model.tokenizer is None:
         raise WeightsError(f"{model.source.path} has no tokenizer to read text with; try --random-weights")
@@ -101,9 +101,7 @@ def random_params(config: ModelConfig, base: str, seed: int) -> PyTree:
 
     ``auto`` means float32, the type they are drawn in.
     """
-    if base not in BASES:
-        raise ConfigError(f"base {base!r} is unknown; there are: {', '.join(BASES)}")
-    return jax.device_put(load_params(_RandomSource(config, seed), base, []))  # type: ignore[arg-type]
+    return jax.device_put(load_params(_RandomSource(config, seed), check_base(base), []))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +154,9 @@ def _random_inputs(settings: BenchSettings, base: str) -> BenchInputs:
 
 def _check_length(settings: BenchSettings, config: ModelConfig) -> None:
     if settings.seq > config.max_position:
-        raise ConfigError(f"--seq {settings.seq} is beyond the model's context of {config.max_position} tokens")
+        raise ConfigError(
+            f"--seq {settings.seq} is beyond the model's context of {config.max_position} tokens"
+        )
 
 
 def _tokens_needed(settings: BenchSettings) -> int:
@@ -165,7 +165,8 @@ def _tokens_needed(settings: BenchSettings) -> int:
 
 def _text_tokens(tokenizer: Tokenizer, settings: BenchSettings) -> np.ndarray:
     """Enough of the corpus for every step; all of it if it is shorter, then steps see it again."""
-    needed, parts, n_tokens = _tokens_needed(settings), [], 0
+    needed, n_tokens = _tokens_needed(settings), 0
+    parts: list[np.ndarray] = []
     for record in python_reference():
         parts.extend(document.tokens for document in encode_records([record], tokenizer))
         n_tokens += len(parts[-1])

@@ -43,6 +43,7 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
     import jax
 
     from edgejax.cli.bench_inputs import load_inputs, trained_parameters
+    from edgejax.core.allocator import release_freed_memory
     from edgejax.core.cache import enable_compile_cache
     from edgejax.measure.matmul_peak import measure_matmul_peak
     from edgejax.measure.memory import AnonymousPeak, memory_report, process_memory, xla_memory
@@ -57,6 +58,7 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
     after_imports = process_memory()
     cache = _CacheCounter(enable_compile_cache() if settings.compile_cache else None)
     inputs = load_inputs(settings)
+    release_freed_memory()
     after_load = process_memory()
     lora = LoraConfig(rank=settings.rank) if settings.mode == "lora" else None
     decoder = Decoder(inputs.config, lora)
@@ -69,10 +71,13 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
             inputs = inputs._replace(params=None)  # the base is not needed beside its trained copy
         state = init_state(trainable, optimizer)
         step_fn = make_train_step(decoder, optimizer, mode=settings.mode, remat=settings.remat)  # type: ignore[arg-type]
+        release_freed_memory()
         report_trees = {"frozen": frozen, "trainable": trainable, "opt_state": state.opt_state}
         start_s = time.perf_counter()
         compiled = step_fn.lower(state, frozen, inputs.batch_at(0)).compile()  # type: ignore[attr-defined]
         compile_s = time.perf_counter() - start_s
+        release_freed_memory()
+        after_compile = process_memory()
         sources = memory_report(**report_trees, compiled=compiled, runtime_bytes=after_imports.rss_bytes)
         del report_trees, trainable
         run = _Run(compiled, state, frozen, inputs.batch_at, settings.tokens_per_step)
@@ -122,6 +127,8 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
         "peak_rss_anonymous_bytes": anonymous.peak_bytes,
         "rss_after_imports_bytes": after_imports.rss_bytes,
         "rss_after_load_bytes": after_load.rss_bytes,
+        "rss_after_compile_bytes": after_compile.rss_bytes,
+        "peak_rss_after_compile_bytes": after_compile.peak_rss_bytes,
         "memory_by_source_bytes": sources.by_source(),
         "losses": run.losses,
         "threads": threads,
@@ -154,7 +161,9 @@ class _Run:
         self.losses.append(float(metrics["loss"]))
         self.n_steps += 1
         if int(metrics["n_tokens"]) != self.tokens_per_step:
-            raise ConfigError(f"a step counted {metrics['n_tokens']} tokens instead of {self.tokens_per_step}")
+            raise ConfigError(
+                f"a step counted {metrics['n_tokens']} tokens instead of {self.tokens_per_step}"
+            )
 
     def check_losses(self) -> None:
         import math

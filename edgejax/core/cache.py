@@ -11,11 +11,9 @@ class CompileCacheWarning(UserWarning):
 
 
 def cache_dir() -> Path:
-    """``EDGEJAX_CACHE``, else ``$XDG_CACHE_HOME/edgejax``, else ``~/.cache/edgejax``. It need not exist."""
-    chosen = os.environ.get("EDGEJAX_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "edgejax"
+    """``EDGEJAX_CACHE``, else ``~/.cache/edgejax``. It need not exist."""
+    named = os.environ.get("EDGEJAX_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "edgejax"
 
 
 def enable_compile_cache(directory: str | os.PathLike | None = None) -> Path | None:

@@ -56,9 +56,13 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.family not in FAMILIES:
-            raise ConfigError(f"model family {self.family!r} is not supported; supported: {', '.join(FAMILIES)}")
+            raise ConfigError(
+                f"model family {self.family!r} is not supported; supported: {', '.join(FAMILIES)}"
+            )
         if self.n_heads % self.n_kv_heads:
-            raise ConfigError(f"{self.n_heads} query heads do not divide among {self.n_kv_heads} key/value heads")
+            raise ConfigError(
+                f"{self.n_heads} query heads do not divide among {self.n_kv_heads} key/value heads"
+            )
         if self.head_dim % 2:
             raise ConfigError(f"rotary embedding needs an even head size, not {self.head_dim}")
         if self.sliding_layers and len(self.sliding_layers) != self.n_layers:

@@ -1,13 +1,14 @@
 """A decoder as three pure functions: embed, block, head. Every schedule is made of these and nothing else."""
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from edgejax.core.arrays import Array, PyTree
+from edgejax.core.arrays import Array, ArrayLike, PyTree
 from edgejax.data.batch import Batch
 from edgejax.kernels.attention import attention
 from edgejax.losses import next_token_loss
@@ -55,12 +56,12 @@ class Decoder:
             params["head"] = {"kernel": INIT_STD * jax.random.normal(k_head, table)}
         return params
 
-    def embed(self, params: PyTree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, params: PyTree, tokens: Int[ArrayLike, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings, float32."""
         h = take_rows(params["embed"]["table"], tokens)
         return h if self.config.embed_scale == 1.0 else h * jnp.float32(self.config.embed_scale)
 
-    def rope(self, positions: Int[Array, "B T"]) -> RopeTables:
+    def rope(self, positions: Int[ArrayLike, "B T"]) -> RopeTables:
         """Rotary tables of a batch, shared by all its layers."""
         return rope_tables(self.config, positions)
 
@@ -70,14 +71,13 @@ class Decoder:
         block_adapters: PyTree,
         h: Float[Array, "B T D"],
         rope: RopeTables,
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[ArrayLike, "B T"] | None = None,
         sliding: Bool[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """One layer: ``block_params`` and ``block_adapters`` are one slice of the stacks."""
         variables = {"params": block_params, "lora": block_adapters}
-        return Block(self.config, self.lora).apply(
-            variables, h, rope, sliding, segment_ids, method=_one_block
-        )
+        layer = Block(self.config, self.lora)
+        return cast(Array, layer.apply(variables, h, rope, sliding, segment_ids, method=_one_block))
 
     def sliding_flags(self) -> Bool[np.ndarray, " L"] | None:
         """Per layer, whether it is a sliding one; None where the model has none."""
@@ -85,7 +85,7 @@ class Decoder:
 
     def final_norm(self, params: PyTree, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The norm before the head."""
-        return RMSNorm(self.config.norm_eps).apply({"params": params["final_norm"]}, h)
+        return cast(Array, RMSNorm(self.config.norm_eps).apply({"params": params["final_norm"]}, h))
 
     def head_weight(self, params: PyTree) -> Weight:
         """``[V, D]``: the head, or the embedding table where they are tied."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from edgejax.core.arrays import Array, PyTree
+from edgejax.core.arrays import Array, ArrayLike, PyTree
 from edgejax.data.batch import Batch
 from edgejax.models.decoder import Decoder
 from edgejax.models.remat import rematerialize
@@ -15,9 +15,9 @@ def hidden_states(
     decoder: Decoder,
     params: PyTree,
     adapters: PyTree,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    tokens: Int[ArrayLike, "B T"],
+    positions: Int[ArrayLike, "B T"] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
     *,
     remat: str = "none",
 ) -> Float[Array, "B T D"]:
@@ -64,9 +64,9 @@ def logits(
     decoder: Decoder,
     params: PyTree,
     adapters: PyTree,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    tokens: Int[ArrayLike, "B T"],
+    positions: Int[ArrayLike, "B T"] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
 ) -> Float[Array, "B T V"]:
     """All logits, float32: for checks and small inputs; training never makes them."""
     h = hidden_states(decoder, params, adapters, tokens, positions, segment_ids)

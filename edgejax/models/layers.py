@@ -35,8 +35,9 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         kernel = self.variable("params", "kernel", self._init_kernel, x.shape[-1]).value
         if self.has_variable("lora", "lora_a"):
-            a, b = self.get_variable("lora", "lora_a"), self.get_variable("lora", "lora_b")
-            y = lora_matmul(x, kernel, a, b, self.lora_scaling)
+            lora_a: Array = self.get_variable("lora", "lora_a")
+            lora_b: Array = self.get_variable("lora", "lora_b")
+            y = lora_matmul(x, kernel, lora_a, lora_b, self.lora_scaling)
         elif is_quantized(kernel) or kernel.dtype != jnp.float32:
             y = quant_matmul(x, kernel)
         else:
@@ -107,10 +108,7 @@ class Block(nn.Module):
         )
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = rope.cos, rope.sin
-        if rope.cos_sliding is not None:
-            cos = jnp.where(sliding, rope.cos_sliding, cos)
-            sin = jnp.where(sliding, rope.sin_sliding, sin)
+        cos, sin = rope.of_layer(sliding)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 

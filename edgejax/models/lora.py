@@ -31,7 +31,9 @@ class LoraConfig:
             raise ConfigError(f"LoRA needs at least one target layer; there are: {', '.join(LINEAR_NAMES)}")
         unknown = [name for name in self.targets if name not in LINEAR_NAMES]
         if unknown:
-            raise ConfigError(f"no linear layer named {', '.join(unknown)}; there are: {', '.join(LINEAR_NAMES)}")
+            raise ConfigError(
+                f"no linear layer named {', '.join(unknown)}; there are: {', '.join(LINEAR_NAMES)}"
+            )
 
     @property
     def scaling(self) -> float:

@@ -30,4 +30,6 @@ def rematerialize(function, policy: str):
     if policy not in KEPT_VALUES:
         raise ConfigError(f"unknown remat policy {policy!r}; there are: {', '.join(KEPT_VALUES)}")
     keep = jax.checkpoint_policies.save_only_these_names(*KEPT_VALUES[policy])
-    return jax.checkpoint(function, policy=keep, prevent_cse=False)  # safe inside scan, which is where it is used
+    return jax.checkpoint(
+        function, policy=keep, prevent_cse=False
+    )  # safe inside scan, which is where it is used

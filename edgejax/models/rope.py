@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the rotate-half layout of Hugging Face.
 
-    (x1, x2) = halves of a head;  out = (x1 cos - x2 sin, x2 cos + x1 sin),  angle = position * theta^(-2 i / C)
+(x1, x2) = halves of a head;  out = (x1 cos - x2 sin, x2 cos + x1 sin),  angle = position * theta^(-2 i / C)
 """
 
 import math
@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from edgejax.core.arrays import Array
+from edgejax.core.arrays import Array, ArrayLike
 from edgejax.models.config import ModelConfig, RopeScaling
 
 
@@ -22,8 +22,16 @@ class RopeTables(NamedTuple):
     cos_sliding: Float[Array, "B T C2"] | None = None
     sin_sliding: Float[Array, "B T C2"] | None = None
 
+    def of_layer(
+        self, sliding: Bool[Array, ""] | None
+    ) -> tuple[Float[Array, "B T C2"], Float[Array, "B T C2"]]:
+        """Cosines and sines for a layer of either kind, chosen at run time where a stack mixes them."""
+        if sliding is None or self.cos_sliding is None or self.sin_sliding is None:
+            return self.cos, self.sin
+        return jnp.where(sliding, self.cos_sliding, self.cos), jnp.where(sliding, self.sin_sliding, self.sin)
 
-def rope_tables(config: ModelConfig, positions: Int[Array, "B T"]) -> RopeTables:
+
+def rope_tables(config: ModelConfig, positions: Int[ArrayLike, "B T"]) -> RopeTables:
     """Tables for the positions of a batch; computed once and shared by all layers."""
     cos, sin = _cos_sin(frequencies(config.rope_theta, config.head_dim, config.rope_scaling), positions)
     if not any(config.sliding_layers):

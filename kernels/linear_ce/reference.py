@@ -1,6 +1,6 @@
 """Cross-entropy of a linear head with all logits in memory.
 
-    loss = sum over rows n with mask:  logsumexp_v(h[n] . W[v]) - h[n] . W[y[n]]
+loss = sum over rows n with mask:  logsumexp_v(h[n] . W[v]) - h[n] . W[y[n]]
 """
 
 import jax

@@ -37,7 +37,8 @@ def few_rows_matmul(x: Float[Array, "N I"], weight: Weight) -> Float[Array, "N O
 def _four_bits(x: Float[Array, " I"], weight: QuantizedArray) -> Float[Array, " O"]:
     n_out, n_words = weight.codes.shape
     n_blocks = weight.scale.shape[-1]
-    by_position = x.reshape(n_words, NIBBLES_PER_WORD).T
+    # Without the barrier XLA makes x again (norms, gates) for every output that it is multiplied into.
+    by_position = jax.lax.optimization_barrier(x.reshape(n_words, NIBBLES_PER_WORD).T)
     words = jnp.asarray(weight.codes)
     products = jnp.zeros((n_out, n_words), jnp.float32)
     for shift, factors in zip(NIBBLE_SHIFTS, by_position, strict=True):

@@ -1,6 +1,6 @@
 """y = x W^T with W widened first: the plain meaning of the op.
 
-    y[n, o] = sum_i x[n, i] * W[o, i],     W = code * scale + minimum
+y[n, o] = sum_i x[n, i] * W[o, i],     W = code * scale + minimum
 """
 
 import jax.numpy as jnp

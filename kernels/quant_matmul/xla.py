@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from edgejax.core.arrays import Array
+from edgejax.kernels.quant_matmul.few_rows import FEW_ROWS, few_rows_matmul
 from edgejax.quant.array import Weight, dequantize
 
 
@@ -44,32 +45,43 @@ def lora_matmul_xla(
     lora_b: Float[Array, "O R"],
     scaling: float,
 ) -> Float[Array, "... O"]:
-    """``x W^T + scaling (x A^T) B^T`` with ``W`` frozen; differentiable in ``x``, ``A`` and ``B``.
+    """``x (W + scaling B A)^T`` with ``W`` frozen; differentiable in ``x``, ``A`` and ``B``.
 
-    Only ``x`` is kept for the backward pass (``x A^T`` costs R / O of the product and is made again).
+    The adapter is added to the widened weight, which is made for this product anyhow: that costs
+    ``2 O I R`` FLOP and no array of the size of ``y``, where the two-step form ``x W^T + (x A^T) B^T`` costs
+    ``2 N R (I + O)`` and two more arrays ``[N, O]``. Only ``x`` is kept for the backward pass.
     """
     return _lora_forward(x, weight, lora_a, lora_b, scaling)[0]
 
 
 def _lora_forward(x, weight, lora_a, lora_b, scaling):
-    low = _dot(x, lora_a, 1) * scaling
-    y = _product(x, weight, weight_axis=1) + _dot(low, lora_b, 1)
+    y = _dot(x, _adapted(weight, lora_a, lora_b, scaling, x.dtype), 1)
     return y, (x, weight, lora_a, lora_b)
 
 
 def _lora_backward(scaling, residuals, dy):
     x, weight, lora_a, lora_b = residuals
-    d_low = _dot(dy, lora_b, 0) * scaling
-    dx = _product(dy, weight, weight_axis=0) + _dot(d_low, lora_a, 0)
-    d_a = _rows_dot(d_low, x)
+    dx = _dot(dy, _adapted(weight, lora_a, lora_b, scaling, dy.dtype), 0)
+    d_a = _rows_dot(_dot(dy, lora_b, 0) * scaling, x)
     d_b = _rows_dot(_dot(x, lora_a, 1) * scaling, dy).T
     return dx, None, d_a.astype(lora_a.dtype), d_b.astype(lora_b.dtype)
+
+
+def _adapted(weight, lora_a, lora_b, scaling: float, dtype):
+    """``W + scaling B A``, widened, ``[O, I]``."""
+    update = jnp.dot(
+        lora_b.astype(jnp.float32), lora_a.astype(jnp.float32), preferred_element_type=jnp.float32
+    )
+    return (dequantize(weight) + scaling * update).astype(dtype)
 
 
 lora_matmul_xla.defvjp(_lora_forward, _lora_backward)
 
 
 def _product(x, weight, weight_axis: int):
+    if weight_axis == 1 and x.size <= FEW_ROWS * x.shape[-1]:
+        rows = few_rows_matmul(x.reshape(-1, x.shape[-1]), weight)
+        return rows.reshape(*x.shape[:-1], -1).astype(x.dtype)
     return _dot(x, dequantize(weight, x.dtype), weight_axis)
 
 

@@ -78,7 +78,4 @@ def test_cache_folder_from_the_environment(monkeypatch):
     monkeypatch.setenv("EDGEJAX_CACHE", "~/models")
     assert cache_dir() == Path.home() / "models"
     monkeypatch.delenv("EDGEJAX_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_dir() == Path("/x/edgejax")
-    monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "edgejax"

@@ -1,0 +1,146 @@
+"""bench on a tiny random model: the measuring process, its line of JSON, its record, its refusals."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from edgejax.cli import bench
+from edgejax.cli.bench_inputs import SHAPES, load_inputs, random_params
+from edgejax.cli.bench_settings import BenchSettings
+from edgejax.cli.main import main
+from edgejax.core.errors import ConfigError, RunError
+from edgejax.core.trees import tree_paths
+from edgejax.quant import QuantizedArray, is_quantized
+
+TINY = ["bench", "--random-weights", "--model", "tiny", "--seq", "32", "--repeats", "3"]
+NEEDED = (
+    "tokens_per_s_median", "tokens_per_s_samples", "matmul_peak_gflop_per_s", "fraction_of_matmul_peak",
+    "xla_temp_bytes", "xla_argument_bytes", "xla_output_bytes", "xla_alias_bytes", "peak_rss_bytes",
+    "peak_rss_anonymous_bytes", "rss_after_imports_bytes", "rss_after_load_bytes", "compile_s", "first_step_s",
+    "load_average", "cpu_seconds_over_wall", "flop_per_token", "versions", "config",
+)  # fmt: skip
+
+
+def test_one_line_of_json_and_a_record(capsys, tmp_path):
+    out = tmp_path / "r.json"
+    arguments = [*TINY, "--base", "int4", "--remat", "full", "--batch", "2", "--json", "--out", str(out)]
+    assert main(arguments) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [name for name in NEEDED if name not in line] == []
+    assert len(line["tokens_per_s_samples"]) == 3
+    assert line["tokens_per_step"] == 64
+    assert line["tokens_per_s_median"] == pytest.approx(64 / np.median(line["step_wall_s_samples"]))
+    assert line["flop_per_token"] == 4 * SHAPES["tiny"].n_params()
+    assert line["fraction_of_matmul_peak"] == pytest.approx(
+        line["flop_per_token"] * line["tokens_per_s_median"] / 1e9 / line["matmul_peak_gflop_per_s"]
+    )
+    assert line["first_step_s"] > line["compile_s"] > 0
+    assert line["peak_rss_bytes"] >= line["rss_after_load_bytes"] >= 0.9 * line["rss_after_imports_bytes"]
+    assert line["threads"] <= 2
+    assert line["orbax_imported"] is False
+    assert line["losses"][-1] < line["losses"][0] + 1
+    assert line["numerics_guard"]["in_place" if "in_place" in line["numerics_guard"] else "state"]
+    assert line["config"]["base"] == "int4"
+    assert json.loads(out.read_text())["results"]["tokens_per_s_median"] == line["tokens_per_s_median"]
+    assert main(arguments) == 2  # the record is never overwritten; refused before anything is measured
+    assert "never overwritten" in capsys.readouterr().err
+
+
+def test_full_mode_and_a_warm_compile_cache(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+    arguments = [*TINY, "--mode", "full", "--optimizer", "sgd", "--compile-cache", "--json"]
+    assert main(arguments) == 0
+    cold = json.loads(capsys.readouterr().out)
+    assert main(arguments) == 0
+    warm = json.loads(capsys.readouterr().out)
+    assert cold["flop_per_token"] == 6 * SHAPES["tiny"].n_params()
+    assert cold["compile_cache_hits"] == 0
+    assert warm["compile_cache_hits"] > 0
+    assert warm["compile_cache_misses"] == 0
+    assert warm["losses"] == cold["losses"]
+    # the state is donated: what stays is the batch, and the metrics come beside it
+    assert cold["xla_alias_bytes"] >= cold["memory_by_source_bytes"]["adapters"]
+    assert cold["memory_by_source_bytes"]["adapters"] == 4 * SHAPES["tiny"].n_params()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mode", "full", "--base", "int4"], "--base int4"),
+        (["--schedule", "streamed"], "whole"),
+        (["--rank", "0"], "--rank must be at least 1"),
+        (["--repeats", "0"], "--repeats"),
+        (["--seq", "1"], "--seq"),
+    ],
+)
+def test_bad_settings_are_refused_before_a_process_starts(arguments, said, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measure_in_child", lambda settings: pytest.fail("was started"))
+    assert main([*TINY, *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_errors_of_the_measuring_process_reach_the_person(capfd):
+    assert main([*TINY, "--optimizer", "nonesuch"]) == 2
+    assert "no optimizer named 'nonesuch'" in capfd.readouterr().err
+    assert main(["bench", "--random-weights", "--model", "nonesuch"]) == 2
+    assert "smollm2-135m" in capfd.readouterr().err
+
+
+@pytest.mark.quick
+def test_a_measuring_process_that_dies_is_an_error(monkeypatch):
+    import subprocess
+
+    for code, output in ((-9, ""), (0, ""), (0, "not json\n")):
+        done = subprocess.CompletedProcess([], code, stdout=output)
+        monkeypatch.setattr(bench.subprocess, "run", lambda *a, done=done, **k: done)
+        with pytest.raises(RunError, match=r"signal 9|without a record"):
+            bench.measure_in_child(BenchSettings())
+
+
+@pytest.mark.quick
+def test_settings_survive_the_way_to_the_process():
+    settings = BenchSettings(seq=64, base="int8", compile_cache=True)
+    assert BenchSettings.from_json(settings.to_json()) == settings
+
+
+@pytest.mark.quick
+def test_shapes_are_those_of_the_published_models():
+    n_params = {name: config.n_params() for name, config in SHAPES.items()}
+    assert n_params["smollm2-135m"] == 134_515_008
+    assert n_params["smollm2-360m"] == 361_821_120
+    assert n_params["qwen3-0.6b"] == 596_049_920
+    assert n_params["llama-3.2-1b"] == 1_235_814_400
+
+
+@pytest.mark.quick
+def test_random_weights_are_held_as_asked_and_repeat():
+    config = SHAPES["tiny"]
+    params = random_params(config, "int4", seed=1)
+    assert isinstance(params["blocks"]["q_proj"]["kernel"], QuantizedArray)
+    assert params["blocks"]["q_proj"]["kernel"].bits == 4
+    again = random_params(config, "int4", seed=1)
+    assert all(
+        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True)
+    )
+    wide = tree_paths(random_params(config, "f32", seed=1), is_leaf=is_quantized)
+    assert float(np.std(wide["blocks.down_proj.kernel"])) == pytest.approx(0.02, rel=0.05)
+    assert not np.array_equal(wide["blocks.q_proj.kernel"][0], wide["blocks.q_proj.kernel"][1])
+    with pytest.raises(ConfigError, match="int3"):
+        random_params(config, "int3", seed=1)
+
+
+@pytest.mark.quick
+def test_every_position_of_a_batch_counts():
+    settings = BenchSettings(
+        model="tiny", random_weights=True, seq=48, batch=2, accumulate=3, repeats=2, base="f32"
+    )
+    inputs = load_inputs(settings)
+    for step in range(6):  # beyond the text: rows come again
+        batch = inputs.batch_at(step)
+        assert batch.tokens.shape == (3, 2, 48)
+        assert batch.loss_mask.all()
+    with pytest.raises(ConfigError, match="context of 2048"):
+        load_inputs(BenchSettings(model="tiny", random_weights=True, seq=4096))
