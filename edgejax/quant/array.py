@@ -91,12 +91,24 @@ def dequantize(weight: Weight, dtype=jnp.float32) -> Float[Array, "..."]:
     shape = weight.shape
     codes = jnp.asarray(weight.codes)
     if weight.bits == 4:
-        codes = ((codes[..., None] >> NIBBLE_SHIFTS) & 15).astype(jnp.int32)
+        codes = _nibbles(codes)
     blocks = codes.astype(jnp.float32).reshape(*shape[:-1], -1, weight.block)
     values = blocks * weight.scale.astype(jnp.float32)[..., None]
     if weight.minimum is not None:
         values = values + weight.minimum.astype(jnp.float32)[..., None]
     return values.reshape(shape).astype(dtype)
+
+
+def _nibbles(words: Int[Array, "... W"]) -> Int[Array, "... W 8"]:
+    """The eight codes of each word, int32.
+
+    The shifts are made from an iota and a 4 that XLA must take for a value of the loop it is in. As constants they
+    would be hoisted out of a scan over layers into an array, and with shifts read from memory LLVM makes a scalar
+    loop of the unpacking (measured on 2 AVX2 cores: 0.37 ms for a [1536, 576] weight instead of 0.03).
+    """
+    words, four = jax.lax.optimization_barrier((words, jnp.uint32(4)))
+    position = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, NIBBLES_PER_WORD), words.ndim)
+    return ((words[..., None] >> (position * four)) & 15).astype(jnp.int32)
 
 
 def take_rows(weight: Weight, rows: Int[ArrayLike, "..."], dtype=jnp.float32) -> Float[Array, "... I"]:
