@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from edgejax.cli.bench_settings import BenchSettings
@@ -18,10 +17,9 @@ from edgejax.data.dataset import micro_batches, pack_documents
 from edgejax.data.documents import Document, encode_records
 from edgejax.data.tokenizer import Tokenizer
 from edgejax.models import ModelConfig, RopeScaling
-from edgejax.quant import dequantize, is_quantized
 from edgejax.weights.form import Form, float_form
 from edgejax.weights.leaves import check_base
-from edgejax.weights.load import load_model, load_params
+from edgejax.weights.load import abstract_params, load_params, open_model
 from edgejax.weights.names import LeafName, leaf_names
 
 TEXT = "python-reference"
@@ -57,21 +55,21 @@ class BenchInputs(NamedTuple):
 
     Attributes:
       config: the decoder's.
-      params: the base as it is held.
+      abstract_params: shapes and dtypes of the base as it is held.
+      load: reads or makes the base.
       batch_at: leaves ``[A, B, T]`` of a step, by its number; every position holds a token that counts.
       hashes: SHA-256 of the model's file and of the tokens.
-      notes: what the reader of the weights had to say.
     """
 
     config: ModelConfig
-    params: PyTree
+    abstract_params: PyTree
+    load: Callable[[], PyTree]
     batch_at: Callable[[int], Batch]
     hashes: dict[str, str]
-    notes: tuple[str, ...]
 
 
-def load_inputs(settings: BenchSettings) -> BenchInputs:
-    """Weights and batches of a benchmark.
+def open_inputs(settings: BenchSettings) -> BenchInputs:
+    """Batches of a benchmark, and its model before its weights are read.
 
     Raises:
       ConfigError, WeightsError, DataError: what cannot be loaded.
@@ -79,34 +77,20 @@ def load_inputs(settings: BenchSettings) -> BenchInputs:
     base = "f32" if settings.mode == "full" else settings.base
     if settings.random_weights:
         return _random_inputs(settings, base)
-    model = load_model(settings.model, base=check_base(base))
+    model = open_model(settings.model, base=check_base(base))
     _check_length(settings, model.config)
     if model.tokenizer is None:
         raise WeightsError(f"{model.source.path} has no tokenizer to read text with; try --random-weights")
     tokens = _text_tokens(model.tokenizer, settings)
     batch_at = _batches(tokens, settings)
     hashes = {"model": model.source.sha256, TEXT: _sha256(tokens)}
-    return BenchInputs(model.config, model.params, batch_at, hashes, model.notes)
-
-
-def trained_parameters(params: PyTree) -> PyTree:
-    """All parameters in float32, for full training. Their buffers are their own, for the step donates them."""
-    return jax.tree.map(
-        lambda leaf: jnp.array(dequantize(leaf), jnp.float32, copy=True), params, is_leaf=is_quantized
-    )
-
-
-def random_params(config: ModelConfig, base: str, seed: int) -> PyTree:
-    """Parameters drawn from N(0, 0.02^2) and held as ``base``, made leaf by leaf as a file is read.
-
-    ``auto`` means float32, the type they are drawn in.
-    """
-    return jax.device_put(load_params(_RandomSource(config, seed), check_base(base), []))  # type: ignore[arg-type]
+    model = dataclasses.replace(model, tokenizer=None)  # some ten megabytes that training does not need
+    return BenchInputs(model.config, model.abstract_params(), lambda: model.load().params, batch_at, hashes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _RandomSource:
-    """Stands where a weight file stands (``weights.leaves.LeafSource``)."""
+    """Weights drawn from N(0, 0.02^2), where a file stands else (``weights.load.LeafReader``)."""
 
     config: ModelConfig
     seed: int
@@ -148,8 +132,13 @@ def _random_inputs(settings: BenchSettings, base: str) -> BenchInputs:
     _check_length(settings, config)
     n_tokens = _tokens_needed(settings)
     tokens = np.random.default_rng(settings.seed).integers(0, config.vocab_size, n_tokens, dtype=np.int32)
-    params = random_params(config, base, settings.seed)
-    return BenchInputs(config, params, _batches(tokens, settings), {"tokens": _sha256(tokens)}, ())
+    source = _RandomSource(config, settings.seed)
+
+    def make() -> PyTree:  # leaf by leaf, as a file is read
+        return jax.device_put(load_params(source, check_base(base), []))
+
+    shapes = abstract_params(source, check_base(base))
+    return BenchInputs(config, shapes, make, _batches(tokens, settings), {"tokens": _sha256(tokens)})
 
 
 def _check_length(settings: BenchSettings, config: ModelConfig) -> None:

@@ -5,13 +5,23 @@ itself to the asked-for cores before JAX counts them, loads the model, compiles 
 prints the record as its last line. Order matters: what is measured first cannot be raised by what comes later.
 """
 
+import itertools
 import os
+import statistics
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from edgejax.cli.bench_settings import BenchSettings
 from edgejax.core.errors import ConfigError, EdgejaxError, NonFiniteLossError
+
+if TYPE_CHECKING:
+    from edgejax.measure.matmul_peak import SustainedPeak
+    from edgejax.measure.timing import Timing
+
+
+PEAK_SECONDS = 0.5  # of products between two steps
 
 
 def main(argv: list[str]) -> int:
@@ -42,60 +52,75 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
 
     import jax
 
-    from edgejax.cli.bench_inputs import load_inputs, trained_parameters
-    from edgejax.core.allocator import release_freed_memory
-    from edgejax.core.cache import enable_compile_cache
-    from edgejax.measure.matmul_peak import measure_matmul_peak
+    from edgejax.cli.bench_inputs import open_inputs
+    from edgejax.core.allocator import release_freed_memory, return_large_blocks_at_once
+    from edgejax.core.cache import enable_compile_cache, forget_traces
+    from edgejax.measure.matmul_peak import SustainedPeak, measure_matmul_peak
     from edgejax.measure.memory import AnonymousPeak, memory_report, process_memory, xla_memory
     from edgejax.measure.record import make_record
-    from edgejax.measure.timing import process_age_s, sample
-    from edgejax.models import Decoder, LoraConfig, init_lora
+    from edgejax.measure.timing import process_age_s
+    from edgejax.models import Decoder, LoraConfig
     from edgejax.train.optimizers import make_optimizer
+    from edgejax.train.programs import abstract, trainable_and_frozen
     from edgejax.train.state import init_state
     from edgejax.train.whole import make_train_step
 
+    return_large_blocks_at_once()
     jax.devices()
     after_imports = process_memory()
     cache = _CacheCounter(enable_compile_cache() if settings.compile_cache else None)
-    inputs = load_inputs(settings)
-    release_freed_memory()
-    after_load = process_memory()
+    inputs = open_inputs(settings)
     lora = LoraConfig(rank=settings.rank) if settings.mode == "lora" else None
     decoder = Decoder(inputs.config, lora)
     optimizer = make_optimizer(settings.optimizer, settings.learning_rate)
+    step_fn: Any = make_train_step(decoder, optimizer, mode=settings.mode, remat=settings.remat)  # type: ignore[arg-type]
+
+    def start(params):
+        frozen, trainable = trainable_and_frozen(inputs.config, params, lora, settings.seed)
+        return frozen, init_state(trainable, optimizer._replace(init=jax.jit(optimizer.init)))
+
+    def compile_for(params):
+        frozen, state = jax.eval_shape(start, params)
+        return step_fn.lower(state, frozen, inputs.batch_at(0)).compile()
+
     with AnonymousPeak() as anonymous:
-        if lora is not None:
-            frozen, trainable = inputs.params, init_lora(inputs.config, lora, jax.random.key(settings.seed))
-        else:
-            frozen, trainable = {}, trained_parameters(inputs.params)
-            inputs = inputs._replace(params=None)  # the base is not needed beside its trained copy
-        state = init_state(trainable, optimizer)
-        step_fn = make_train_step(decoder, optimizer, mode=settings.mode, remat=settings.remat)  # type: ignore[arg-type]
-        release_freed_memory()
-        report_trees = {"frozen": frozen, "trainable": trainable, "opt_state": state.opt_state}
         start_s = time.perf_counter()
-        compiled = step_fn.lower(state, frozen, inputs.batch_at(0)).compile()  # type: ignore[attr-defined]
+        compiled = compile_for(inputs.abstract_params)
         compile_s = time.perf_counter() - start_s
-        release_freed_memory()
+        forget_traces()
         after_compile = process_memory()
-        sources = memory_report(**report_trees, compiled=compiled, runtime_bytes=after_imports.rss_bytes)
-        del report_trees, trainable
+        params = inputs.load()
+        if abstract(params) != inputs.abstract_params:  # scales that float16 cannot hold
+            compiled = compile_for(params)
+        frozen, state = start(params)
+        del params
+        release_freed_memory()
+        after_load = process_memory()
+        sources = memory_report(
+            frozen=frozen,
+            trainable=state.trainable,
+            opt_state=state.opt_state,
+            compiled=compiled,
+            runtime_bytes=after_imports.rss_bytes,
+        )
         run = _Run(compiled, state, frozen, inputs.batch_at, settings.tokens_per_step)
-        del state
+        del state, frozen
         run.step()
         first_step_s = process_age_s()
         for _ in range(settings.warmup):
             run.step()
-    peak_before = measure_matmul_peak()
-    run.step()  # caches hold the model again
-    timing = sample(run.step, warmup=0, repeats=settings.repeats)
-    peak_after = measure_matmul_peak()
-    peak = max(peak_before, peak_after, key=lambda found: found.gflop_per_s)
+    burst = measure_matmul_peak()
+    timing, peaks = _in_turns(run.step, SustainedPeak(burst.shape), settings.repeats)
+    peak = statistics.median(peaks)
     run.check_losses()
 
     memory, xla = process_memory(), xla_memory(compiled)
     n_params = inputs.config.n_params()
     flop_per_token = settings.flop_per_token(n_params)
+    flop_per_step = flop_per_token * settings.tokens_per_step
+    fractions = [
+        flop_per_step / seconds / 1e9 / near for seconds, near in zip(timing.wall_s, peaks, strict=True)
+    ]
     rate = settings.tokens_per_step / timing.median_s
     results = {
         "tokens_per_s_median": rate,
@@ -105,12 +130,14 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
         "cpu_seconds_over_wall": timing.cpu_over_wall,
         "load_average": timing.load_average_before,
         "load_average_after": timing.load_average_after,
-        "matmul_peak_gflop_per_s": peak.gflop_per_s,
-        "matmul_peak_gflop_per_s_by_shape": [
-            found.gflop_per_s_by_shape() for found in (peak_before, peak_after)
-        ],
+        "matmul_peak_gflop_per_s": peak,
+        "matmul_peak_gflop_per_s_samples": peaks,
+        "matmul_burst_gflop_per_s": burst.gflop_per_s,
+        "matmul_burst_gflop_per_s_by_shape": burst.gflop_per_s_by_shape(),
         "step_gflop_per_s": flop_per_token * rate / 1e9,
-        "fraction_of_matmul_peak": flop_per_token * rate / 1e9 / peak.gflop_per_s,
+        "fraction_of_matmul_peak": statistics.median(fractions),
+        "fraction_of_matmul_peak_samples": fractions,
+        "fraction_of_matmul_burst": flop_per_token * rate / 1e9 / burst.gflop_per_s,
         "flop_per_token": flop_per_token,
         "n_params": n_params,
         "tokens_per_step": settings.tokens_per_step,
@@ -133,7 +160,6 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
         "losses": run.losses,
         "threads": threads,
         "orbax_imported": "orbax.checkpoint" in sys.modules,
-        "notes": list(inputs.notes),
     }
     return make_record(
         "bench",
@@ -142,6 +168,24 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
         seeds={"all": settings.seed},
         hashes=inputs.hashes,
     )
+
+
+def _in_turns(step: Callable[[], None], meter: "SustainedPeak", repeats: int) -> "tuple[Timing, list[float]]":
+    """Steps and the peak by turns: each step is compared with the mean of the peaks before and after it."""
+    from edgejax.core.allocator import release_freed_memory
+    from edgejax.measure.timing import joined, sample
+
+    def peak() -> float:
+        rate = meter.gflop_per_s(PEAK_SECONDS)
+        release_freed_memory()
+        return rate
+
+    step()  # caches hold the model again
+    timings, peaks = [], [peak()]
+    for _ in range(repeats):
+        timings.append(sample(step, warmup=0, repeats=1))
+        peaks.append(peak())
+    return joined(timings), [(before + after) / 2 for before, after in itertools.pairwise(peaks)]
 
 
 class _Run:

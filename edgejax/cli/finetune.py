@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgejax.data import PackedDataset, Split, Tokenizer
     from edgejax.models import LoraConfig, ModelConfig
     from edgejax.train import TrainSettings
-    from edgejax.weights import LoadedModel
+    from edgejax.weights import OpenedModel
 
 __all__ = ["add_arguments", "run"]
 # Of these a resumed run may have others than the run that is there; they are not written down.
@@ -44,16 +44,18 @@ def _finetune(options: argparse.Namespace, lora: "LoraConfig | None", out: Path)
 
     from edgejax.cli.session import need_tokenizer
     from edgejax.cli.summary import finish
+    from edgejax.core.allocator import return_large_blocks_at_once
     from edgejax.core.cache import enable_compile_cache
     from edgejax.measure.memory import process_memory
     from edgejax.train import SilentProgress, finetune
-    from edgejax.weights import load_model
+    from edgejax.weights import open_model
 
     enable_compile_cache()
+    return_large_blocks_at_once()
     jax.devices()  # starts the back end, so that its memory is counted as the runtime's
     runtime_bytes = process_memory().rss_bytes
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    model = load_model(options.model, base=options.base)
+    model = open_model(options.model, base=options.base)
     rows = load_rows(options, need_tokenizer(model), model.config)
     settings = train_settings(options, rows.train)
     if not options.quiet:
@@ -71,7 +73,7 @@ def _finetune(options: argparse.Namespace, lora: "LoraConfig | None", out: Path)
         runtime_bytes=runtime_bytes,
         record={"command": record_of(options)},
     )
-    finish(options, model, rows, settings, lora, result, started)
+    finish(options, rows, settings, lora, result, started)
     return 0
 
 
@@ -223,13 +225,13 @@ def _share(held_out: list[str]) -> float | None:
 
 
 def _announce(
-    options: argparse.Namespace, model: "LoadedModel", rows: "Split", settings: "TrainSettings", out: Path
+    options: argparse.Namespace, model: "OpenedModel", rows: "Split", settings: "TrainSettings", out: Path
 ) -> None:
     import sys
 
     train, held_out = rows
     lines = [
-        *model.notes,
+        *model.reader.notes,
         f"model   {model.source.name}: {model.config.n_params():,} parameters, {model.source.format}",
         f"data    {' '.join(options.data)}: {train.n_documents:,} documents in {train.n_rows:,} rows of "
         f"{train.seq_length} to learn from, {held_out.n_documents:,} in {held_out.n_rows:,} held out",

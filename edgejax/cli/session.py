@@ -10,7 +10,7 @@ from edgejax.core.errors import WeightsError
 if TYPE_CHECKING:
     from edgejax.data import Tokenizer
     from edgejax.models import LoraConfig
-    from edgejax.weights import LoadedModel
+    from edgejax.weights import LoadedModel, OpenedModel
     from edgejax.weights.leaves import Base
 
 
@@ -37,7 +37,7 @@ def open_model(name: str, base: "Base", adapter: Path | None = None, *, on_host:
     return Opened(model, *load_peft(adapter_folder(adapter), model.config))
 
 
-def need_tokenizer(model: "LoadedModel") -> "Tokenizer":
+def need_tokenizer(model: "LoadedModel | OpenedModel") -> "Tokenizer":
     """The model's tokenizer.
 
     Raises:

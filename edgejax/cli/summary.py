@@ -31,7 +31,6 @@ MEMORY_NOTES = {
 
 def finish(
     options: argparse.Namespace,
-    model: "LoadedModel",
     rows: "Split",
     settings: "TrainSettings",
     lora: "LoraConfig | None",
@@ -43,6 +42,7 @@ def finish(
     Raises:
       RunError: a file cannot be written; the checkpoints are whole, so resuming writes it again.
     """
+    model: LoadedModel = result.model
     trained = write_trained(model, lora, result)
     sample = make_sample(options, model, lora, result)
     data = report_data(options, model, rows, settings, lora, result, sample, started)

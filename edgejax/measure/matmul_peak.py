@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -48,18 +51,43 @@ def measure_matmul_peak(shapes: tuple[tuple[int, int, int], ...] = SHAPES, *, re
       >>> measure_matmul_peak(((64, 64, 64),), repeats=3).gflop_per_s > 0
       True
     """
-    import jax
-    import jax.numpy as jnp
-
-    product = jax.jit(jnp.matmul)
-    rng = np.random.default_rng(0)
-    samples: dict[tuple[int, int, int], tuple[float, ...]] = {}
-    for shape in shapes:
-        rows, inner, columns = shape
-        left = jax.device_put(rng.standard_normal((rows, inner), dtype=np.float32))
-        right = jax.device_put(rng.standard_normal((inner, columns), dtype=np.float32))
-        timing = sample(functools.partial(product, left, right), warmup=2, repeats=repeats)
-        samples[shape] = timing.wall_s
+    samples = {shape: sample(_product(shape), warmup=2, repeats=repeats).wall_s for shape in shapes}
     rates = {shape: rate_gflop_per_s(shape, float(np.median(times))) for shape, times in samples.items()}
     best = max(rates, key=rates.__getitem__)
     return MatmulPeak(gflop_per_s=rates[best], shape=best, samples_s=samples)
+
+
+class SustainedPeak:
+    """The rate of one product repeated for as long as a training step may take, to be set beside one.
+
+    On a machine that is shared, or that slows down when it is warm, products of some milliseconds run at a rate that
+    nothing of seconds can have. Measured in turns with the steps, for a similar time, both see the same machine.
+
+    Example:
+      >>> SustainedPeak((64, 64, 64)).gflop_per_s(seconds=0.01) > 0
+      True
+    """
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.shape = shape
+
+    def gflop_per_s(self, seconds: float) -> float:
+        """Mean rate over at least ``seconds``, after one product that is not counted. Leaves no array behind."""
+        run = _product(self.shape)
+        run().block_until_ready()
+        count, started = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - started) < seconds or not count:
+            run().block_until_ready()
+            count += 1
+        return rate_gflop_per_s(self.shape, elapsed / count)
+
+
+def _product(shape: tuple[int, int, int]) -> Callable[[], Any]:
+    import jax
+    import jax.numpy as jnp
+
+    rows, inner, columns = shape
+    rng = np.random.default_rng(0)
+    left = jax.device_put(rng.standard_normal((rows, inner), dtype=np.float32))
+    right = jax.device_put(rng.standard_normal((inner, columns), dtype=np.float32))
+    return functools.partial(jax.jit(jnp.matmul), left, right)

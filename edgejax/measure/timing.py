@@ -4,7 +4,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,16 @@ def sample(fn: Callable[[], Any], *, warmup: int = 1, repeats: int = 7) -> Timin
         cpu_s=tuple(cpu_s),
         load_average_before=before,
         load_average_after=load_average(),
+    )
+
+
+def joined(timings: Sequence[Timing]) -> Timing:
+    """The samples of several timings in a row as one."""
+    return Timing(
+        wall_s=tuple(s for timing in timings for s in timing.wall_s),
+        cpu_s=tuple(s for timing in timings for s in timing.cpu_s),
+        load_average_before=timings[0].load_average_before,
+        load_average_after=timings[-1].load_average_after,
     )
 
 

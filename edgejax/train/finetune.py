@@ -7,33 +7,30 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
+from edgejax.core.allocator import release_freed_memory
 from edgejax.core.arrays import PyTree
+from edgejax.core.cache import forget_traces
 from edgejax.core.errors import Interrupted, RunError
 from edgejax.core.host import package_versions
 from edgejax.data import PackedDataset
 from edgejax.measure.memory import MemoryReport, memory_report, process_memory
-from edgejax.models import Decoder, LoraConfig, init_lora
-from edgejax.quant import dequantize, is_quantized
+from edgejax.models import LoraConfig
 from edgejax.train.batches import DatasetBatches
 from edgejax.train.checkpoint import Checkpoints
 from edgejax.train.evaluate import EvalResult, evaluate_with
-from edgejax.train.identity import ModelLike, check_same_run, run_config, run_identity
-from edgejax.train.learning_rate import make_schedule
+from edgejax.train.identity import ModelLike, OpenedLike, check_same_run, run_config, run_identity
 from edgejax.train.loop import LoopResult, StepFigures, log_evaluation, train_loop
 from edgejax.train.metrics import MetricsLog, read_metrics
-from edgejax.train.optimizers import make_optimizer
+from edgejax.train.programs import Programs, compile_programs
 from edgejax.train.progress import LiveProgress, PlainProgress, Progress
 from edgejax.train.run_folder import RunFolder, write_json
 from edgejax.train.settings import TrainSettings
 from edgejax.train.signals import SignalGuard, signal_name
-from edgejax.train.state import init_state
-from edgejax.train.whole import Mode, make_eval_step, make_train_step
+from edgejax.train.whole import Mode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +39,7 @@ class FinetuneResult:
 
     run_dir: Path
     mode: Mode
+    model: Any  # the base with its weights: what was given, or what its load() gave
     trainable: PyTree  # adapters (lora) or all parameters, float32 (full)
     steps: int
     held_out_before: EvalResult
@@ -71,7 +69,7 @@ class FinetuneResult:
 
 
 def finetune(
-    model: ModelLike,
+    model: ModelLike | OpenedLike,
     train: PackedDataset,
     held_out: PackedDataset,
     settings: TrainSettings | None = None,
@@ -88,7 +86,8 @@ def finetune(
     """Evaluates, trains, evaluates again; ``out_dir`` holds what is needed to go on after any stop.
 
     Args:
-      model: what ``weights.load_model`` gives.
+      model: what ``weights.load_model`` gives; or ``weights.open_model``, whose weights are read after the programs
+        were compiled and JAX's traces were dropped, so that the peak of memory is lower.
       train: rows to learn from.
       held_out: rows to judge by.
       settings: how to train; ``TrainSettings()`` if None.
@@ -133,16 +132,17 @@ def finetune(
             note=progress.note,
         )
         stack.callback(checkpoints.close)
-        parts = _build(model, settings, lora)
-        evaluate = _evaluator(parts, held_out, settings, guard)
+        programs, loaded = _compile(model, train, settings, lora)
+        frozen, state = programs.start(jax.device_put(loaded.params))
+        evaluate = _evaluator(programs, frozen, held_out, settings, guard)
 
-        restored = checkpoints.restore(parts.state) if resume else None
+        restored = checkpoints.restore(state) if resume else None
         start_step = 0 if restored is None else restored[0]
         keep_to_step = start_step if resume else None
         log = stack.enter_context(MetricsLog(folder.metrics_path, keep_to_step=keep_to_step))
-        checkpoints.check_space(parts.state)
+        checkpoints.check_space(state)
         if 0 not in log.evaluations:
-            first = evaluate(parts.state.trainable)
+            first = evaluate(state.trainable)
             if first is None:
                 raise _stopped(
                     guard, "before the first step; nothing was lost. Go on with the same command and resume."
@@ -150,13 +150,11 @@ def finetune(
             log_evaluation(0, first, log, progress)
         if restored is None and resume:
             progress.note("no checkpoint had been written yet; starting at step 0")
-        state = parts.state if restored is None else restored[1]
+        if restored is not None:
+            state = restored[1]
         batches = DatasetBatches(train, settings)
-        compiled = parts.step_fn.lower(state, parts.frozen, batches(0)).compile()
-        # The state is donated to the first step; nothing else may hold on to its arrays.
-        parts, restored = parts._replace(state=None), None
         loop = train_loop(
-            compiled, state, parts.frozen, batches, settings, schedule=parts.schedule, start_step=start_step,
+            programs.step, state, frozen, batches, settings, schedule=programs.schedule, start_step=start_step,
             checkpoints=checkpoints, metrics_log=log, evaluate=evaluate, guard=guard, progress=progress, hooks=hooks,
         )  # fmt: skip
         if loop.step not in log.evaluations:
@@ -165,7 +163,8 @@ def finetune(
             )
         result = FinetuneResult(
             run_dir=folder.path,
-            mode=parts.mode,
+            mode=programs.mode,
+            model=loaded,
             trainable=loop.state.trainable,
             steps=loop.step,
             held_out_before=_eval_result(log.evaluations[0]),
@@ -173,10 +172,10 @@ def finetune(
             tokens_per_s=_tokens_per_s(loop, folder.metrics_path),
             seconds=time.perf_counter() - started,
             memory=memory_report(
-                frozen=parts.frozen,
+                frozen=frozen,
                 trainable=loop.state.trainable,
                 opt_state=loop.state.opt_state,
-                compiled=compiled,
+                compiled=programs.step,
                 runtime_bytes=runtime_bytes,
             ),
             figures=loop.figures,
@@ -185,47 +184,26 @@ def finetune(
     return result
 
 
-class _Parts(NamedTuple):
-    """A run's functions and arrays before the first step."""
-
-    mode: Mode
-    decoder: Decoder
-    frozen: PyTree
-    state: Any  # TrainState, or None once it was given away
-    schedule: optax.Schedule
-    step_fn: Any  # jitted
-
-
-def _build(model: ModelLike, settings: TrainSettings, lora: LoraConfig | None) -> _Parts:
-    mode: Mode = "full" if lora is None else "lora"
-    decoder = Decoder(model.config, lora)
-    schedule = make_schedule(
-        settings.schedule,
-        settings.learning_rate,
-        steps=settings.steps,
-        warmup=settings.warmup,
-        final_fraction=settings.final_rate_fraction,
-    )
-    optimizer = make_optimizer(
-        settings.optimizer,
-        settings.learning_rate if settings.is_constant else schedule,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm,
-        options=settings.optimizer_options,
-    )
-    frozen, trainable = _parameters(model, lora, settings.seed)
-    step_fn = make_train_step(decoder, optimizer, mode=mode, remat=settings.remat)
-    # Compiled as one program each: leaf by leaf they would be dozens.
-    state = init_state(trainable, optimizer._replace(init=jax.jit(optimizer.init)))
-    return _Parts(mode, decoder, frozen, state, schedule, step_fn)
+def _compile(
+    model: ModelLike | OpenedLike, train: PackedDataset, settings: TrainSettings, lora: LoraConfig | None
+) -> tuple[Programs, ModelLike]:
+    """The programs, and the model with its weights: read after compiling, where they were not read before."""
+    if not isinstance(model, OpenedLike):
+        return compile_programs(model.config, model.params, settings, lora, train.seq_length), model
+    programs = compile_programs(model.config, model.abstract_params(), settings, lora, train.seq_length)
+    forget_traces()
+    loaded = model.load()
+    release_freed_memory()
+    if not programs.fit(loaded.params):  # scales that float16 cannot hold
+        programs = compile_programs(loaded.config, loaded.params, settings, lora, train.seq_length)
+    return programs, loaded
 
 
 def _evaluator(
-    parts: _Parts, held_out: PackedDataset, settings: TrainSettings, guard: SignalGuard
+    programs: Programs, frozen: PyTree, held_out: PackedDataset, settings: TrainSettings, guard: SignalGuard
 ) -> Callable[[PyTree], EvalResult | None]:
-    eval_step, frozen = make_eval_step(parts.decoder, mode=parts.mode), parts.frozen
     return lambda trainable: evaluate_with(
-        eval_step,
+        programs.evaluate,
         trainable,
         frozen,
         held_out,
@@ -248,19 +226,6 @@ def _write_result(path: Path, result: FinetuneResult) -> None:
             f"cannot write {path}: {error.strerror or error}. What was trained is saved in "
             f"{path.parent / 'checkpoints'}; free space, then resume."
         ) from error
-
-
-def _parameters(model: ModelLike, lora: LoraConfig | None, seed: int) -> tuple[PyTree, PyTree]:
-    """(frozen, trainable). Trained leaves are never the model's own buffers, for the step donates them."""
-    if lora is not None:
-        return jax.device_put(model.params), jax.jit(init_lora, static_argnums=(0, 1))(
-            model.config, lora, jax.random.key(seed)
-        )
-
-    def wide(leaf: Any) -> jax.Array:
-        return jnp.array(dequantize(leaf), jnp.float32, copy=True)
-
-    return {}, jax.tree.map(wide, model.params, is_leaf=is_quantized)
 
 
 def _choose_progress(settings: TrainSettings, stack: contextlib.ExitStack) -> Progress:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from edgejax.core.arrays import PyTree
 from edgejax.core.errors import RunError
@@ -41,8 +41,20 @@ class ModelLike(Protocol):
     def source(self) -> SourceLike: ...
 
 
+@runtime_checkable
+class OpenedLike(Protocol):
+    """A model whose weights were not read yet (``weights.OpenedModel``)."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def source(self) -> SourceLike: ...
+    def abstract_params(self) -> PyTree: ...
+    def load(self) -> ModelLike: ...
+
+
 def run_config(
-    model: ModelLike,
+    model: ModelLike | OpenedLike,
     train: PackedDataset,
     held_out: PackedDataset,
     settings: TrainSettings,

@@ -8,11 +8,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal, Protocol
 
+import jax
 import ml_dtypes
 import numpy as np
 from jaxtyping import Int
 
-from edgejax.core.arrays import ArrayLike
+from edgejax.core.arrays import ArrayLike, PyTree
 from edgejax.core.errors import ConfigError, WeightsError
 from edgejax.quant import QuantizedArray, quantize_int4, quantize_int8
 from edgejax.weights.form import FLOAT32, Form, convert, float_form, form_of, join_forms, wide
@@ -112,6 +113,18 @@ def load_matrix(
     return out if leaf.stacked else out[0]
 
 
+def abstract_leaf(source: LeafSource, leaf: LeafName, n_layers: int, base: Base) -> PyTree:
+    """Shapes and dtypes that ``load_vector`` or ``load_matrix`` will give, from the file's headers alone.
+
+    Scales of codes that are made anew are float16 here; a leaf with very small ones will have float32.
+    """
+    shape = (n_layers, *leaf.shape) if leaf.stacked else leaf.shape
+    if leaf.kind in ("norm", "bias"):
+        return jax.ShapeDtypeStruct(shape, FLOAT32)
+    form, _ = _plan(source, leaf, range(n_layers if leaf.stacked else 1), base, [])
+    return _layout(form, shape)
+
+
 def check_shape(source: LeafSource, leaf: LeafName, layer: int) -> None:
     """Raises ``WeightsError`` where the file's tensor has another shape than the configuration says."""
     found = source.shape(leaf, layer)
@@ -156,18 +169,19 @@ def _plan(source, leaf: LeafName, layers: range, base: Base, notes: list[str]):
 
 
 def _allocate(form: Form, shape: tuple[int, ...]) -> QuantizedArray | np.ndarray:
+    return jax.tree.map(lambda part: empty_aligned(part.shape, part.dtype), _layout(form, shape))
+
+
+def _layout(form: Form, shape: tuple[int, ...]) -> PyTree:
+    """Shapes and dtypes of what ``_allocate`` makes."""
     if form.bits is None:
-        return empty_aligned(shape, form.dtype)
+        return jax.ShapeDtypeStruct(shape, form.dtype)
     assert form.block is not None
     *lead, width = shape
     n_words, code_dtype = (width // 8, np.uint32) if form.bits == 4 else (width, np.int8)
-    scales = (*lead, width // form.block)
-    return QuantizedArray(
-        empty_aligned((*lead, n_words), code_dtype),
-        empty_aligned(scales, form.dtype),
-        empty_aligned(scales, form.dtype) if form.has_minimum else None,
-        bits=form.bits,
-    )
+    codes = jax.ShapeDtypeStruct((*lead, n_words), code_dtype)
+    scale = jax.ShapeDtypeStruct((*lead, width // form.block), form.dtype)
+    return QuantizedArray(codes, scale, scale if form.has_minimum else None, bits=form.bits)  # type: ignore[arg-type]
 
 
 def _write(out, layer: int, rows, piece):

@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -17,8 +18,18 @@ from edgejax.weights.gguf_read import GgufSource
 from edgejax.weights.gguf_tokenizer import gguf_tokenizer
 from edgejax.weights.hf_read import HfSource
 from edgejax.weights.hf_tokenizer import hf_tokenizer
-from edgejax.weights.leaves import Base, check_base, load_matrix, load_vector
+from edgejax.weights.leaves import Base, LeafSource, abstract_leaf, check_base, load_matrix, load_vector
+from edgejax.weights.names import LeafName
 from edgejax.weights.presets import check_known_hash, resolve
+
+
+class LeafReader(LeafSource, Protocol):
+    """A ``LeafSource`` that knows its model: which leaves there are."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def leaves(self) -> tuple[LeafName, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +70,63 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A model whose files were opened and checked, and whose weights are not in memory yet.
+
+    A training step can be compiled for it, which takes several times the weights' memory for a moment, before they
+    are read.
+
+    Attributes:
+      config: the decoder.
+      tokenizer: None only where ``need_tokenizer=False`` was given.
+      source: where it comes from.
+      reader: the opened files.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    source: ModelSource
+    reader: GgufSource | HfSource
+
+    def abstract_params(self) -> PyTree:
+        """The parameter tree of ``load()`` as ``jax.ShapeDtypeStruct``s."""
+        return abstract_params(self.reader, check_base(self.source.base))
+
+    def load(self, *, on_host: bool = False) -> LoadedModel:
+        """Read the weights; see ``load_model``."""
+        notes: list[str] = list(self.reader.notes)
+        params = load_params(self.reader, check_base(self.source.base), notes)
+        if not on_host:
+            params = jax.device_put(params)
+        return LoadedModel(self.config, params, self.tokenizer, self.source, tuple(notes))
+
+
+def open_model(name_or_path: str | Path, *, base: Base = "auto", need_tokenizer: bool = True) -> OpenedModel:
+    """Find and check a model, read its configuration and tokenizer, and leave its weights on the disk.
+
+    Args and errors are those of ``load_model``; damage that only the weights' own values show is found by ``load()``.
+
+    Example:
+      >>> opened = open_model("smollm2-135m")  # doctest: +SKIP
+      >>> opened.abstract_params()["embed"]["table"].shape  # doctest: +SKIP
+      (49152, 576)
+    """
+    base = check_base(base)
+    path = resolve(name_or_path)
+    reader: HfSource | GgufSource
+    if path.is_dir():
+        reader = HfSource(path)
+        sha256 = fingerprint(reader.weight_files)
+    else:
+        sha256 = fingerprint([path])
+        check_known_hash(name_or_path, path, sha256)  # before anything is believed of it
+        reader = GgufSource(path)
+    tokenizer = _tokenizer(reader) if need_tokenizer else None
+    source = ModelSource(str(name_or_path), str(path), reader.format, sha256, base)
+    return OpenedModel(reader.config, tokenizer, source, reader)
+
+
 def load_model(
     name_or_path: str | Path, *, base: Base = "auto", need_tokenizer: bool = True, on_host: bool = False
 ) -> LoadedModel:
@@ -80,38 +148,34 @@ def load_model(
       >>> model.config.n_layers, model.params["blocks"]["q_proj"]["kernel"].bits  # doctest: +SKIP
       (30, 4)
     """
-    base = check_base(base)
-    path = resolve(name_or_path)
-    source: HfSource | GgufSource
-    if path.is_dir():
-        source = HfSource(path)
-        sha256 = fingerprint(source.weight_files)
-    else:
-        sha256 = fingerprint([path])
-        check_known_hash(name_or_path, path, sha256)  # before anything is believed of it
-        source = GgufSource(path)
-    notes: list[str] = list(source.notes)
-    tokenizer = _tokenizer(source) if need_tokenizer else None
-    params = load_params(source, base, notes)
-    if not on_host:
-        params = jax.device_put(params)
-    record = ModelSource(str(name_or_path), str(path), source.format, sha256, base)
-    return LoadedModel(source.config, params, tokenizer, record, tuple(notes))
+    return open_model(name_or_path, base=base, need_tokenizer=need_tokenizer).load(on_host=on_host)
 
 
-def load_params(source: GgufSource | HfSource, base: Base, notes: list[str]) -> PyTree:
+def load_params(source: LeafReader, base: Base, notes: list[str]) -> PyTree:
     """The parameter tree of an opened source, leaves in host memory."""
+    n_layers = source.config.n_layers
+
+    def read(leaf: LeafName) -> np.ndarray | QuantizedArray:
+        if leaf.kind in ("norm", "bias"):
+            return load_vector(source, leaf, n_layers)
+        return load_matrix(source, leaf, n_layers, base, notes)
+
+    return _tree(source, read)
+
+
+def abstract_params(source: LeafReader, base: Base) -> PyTree:
+    """Shapes and dtypes of ``load_params``, as ``jax.ShapeDtypeStruct``s."""
+    return _tree(source, lambda leaf: abstract_leaf(source, leaf, source.config.n_layers, base))
+
+
+def _tree(source: LeafReader, value_of: Callable[[LeafName], Any]) -> PyTree:
     params: dict = {}
     for leaf in source.leaves:
-        if leaf.kind in ("norm", "bias"):
-            value: np.ndarray | QuantizedArray = load_vector(source, leaf, source.config.n_layers)
-        else:
-            value = load_matrix(source, leaf, source.config.n_layers, base, notes)
         *parents, last = leaf.path
         node = params
         for key in parents:
             node = node.setdefault(key, {})
-        node[last] = value
+        node[last] = value_of(leaf)
     return params
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from edgejax.cli import bench
-from edgejax.cli.bench_inputs import SHAPES, load_inputs, random_params
+from edgejax.cli.bench_inputs import SHAPES, open_inputs
 from edgejax.cli.bench_settings import BenchSettings
 from edgejax.cli.main import main
 from edgejax.core.errors import ConfigError, RunError
 from edgejax.core.trees import tree_paths
 from edgejax.quant import QuantizedArray, is_quantized
+from edgejax.train.programs import abstract
 
 TINY = ["bench", "--random-weights", "--model", "tiny", "--seq", "32", "--repeats", "3"]
 NEEDED = (
@@ -117,19 +118,21 @@ def test_shapes_are_those_of_the_published_models():
 
 @pytest.mark.quick
 def test_random_weights_are_held_as_asked_and_repeat():
-    config = SHAPES["tiny"]
-    params = random_params(config, "int4", seed=1)
+    def made(base: str):
+        return open_inputs(BenchSettings(model="tiny", random_weights=True, base=base, seq=32, seed=1))
+
+    inputs = made("int4")
+    params = inputs.load()
+    assert abstract(params) == inputs.abstract_params
     assert isinstance(params["blocks"]["q_proj"]["kernel"], QuantizedArray)
     assert params["blocks"]["q_proj"]["kernel"].bits == 4
-    again = random_params(config, "int4", seed=1)
-    assert all(
-        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True)
-    )
-    wide = tree_paths(random_params(config, "f32", seed=1), is_leaf=is_quantized)
+    again = jax.tree.leaves(made("int4").load())
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), again, strict=True))
+    wide = tree_paths(made("f32").load(), is_leaf=is_quantized)
     assert float(np.std(wide["blocks.down_proj.kernel"])) == pytest.approx(0.02, rel=0.05)
     assert not np.array_equal(wide["blocks.q_proj.kernel"][0], wide["blocks.q_proj.kernel"][1])
     with pytest.raises(ConfigError, match="int3"):
-        random_params(config, "int3", seed=1)
+        made("int3")
 
 
 @pytest.mark.quick
@@ -137,10 +140,10 @@ def test_every_position_of_a_batch_counts():
     settings = BenchSettings(
         model="tiny", random_weights=True, seq=48, batch=2, accumulate=3, repeats=2, base="f32"
     )
-    inputs = load_inputs(settings)
+    inputs = open_inputs(settings)
     for step in range(6):  # beyond the text: rows come again
         batch = inputs.batch_at(step)
         assert batch.tokens.shape == (3, 2, 48)
         assert batch.loss_mask.all()
     with pytest.raises(ConfigError, match="context of 2048"):
-        load_inputs(BenchSettings(model="tiny", random_weights=True, seq=4096))
+        open_inputs(BenchSettings(model="tiny", random_weights=True, seq=4096))

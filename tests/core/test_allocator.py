@@ -27,7 +27,7 @@ print(before - process_memory().anonymous_bytes)
 
 
 @pytest.mark.quick
-@pytest.mark.skipif(allocator._malloc_trim() is None, reason="needs glibc")
+@pytest.mark.skipif(allocator._c_function("malloc_trim") is None, reason="needs glibc")
 def test_freed_pieces_are_returned():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 80 * MIB
@@ -35,5 +35,36 @@ def test_freed_pieces_are_returned():
 
 @pytest.mark.quick
 def test_does_nothing_without_glibc(monkeypatch):
-    monkeypatch.setattr(allocator, "_malloc_trim", lambda: None)
+    monkeypatch.setattr(allocator, "_c_function", lambda name: None)
     assert allocator.release_freed_memory() is False
+    assert allocator.return_large_blocks_at_once() is False
+
+
+BLOCK_PROGRAM = """
+import ctypes, sys
+from edgejax.core.allocator import return_large_blocks_at_once
+from edgejax.measure.memory import process_memory
+if sys.argv[1] == "set":
+    assert return_large_blocks_at_once()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.free(libc.malloc(30 << 20))  # by default this raises the threshold to 30 MiB
+blocks = [libc.malloc(8 << 20) for _ in range(8)]
+for block in blocks:
+    ctypes.memset(block, 1, 8 << 20)
+before = process_memory().anonymous_bytes
+for block in blocks[:-1]:  # the last keeps the top of the heap in use
+    libc.free(block)
+print(before - process_memory().anonymous_bytes)
+"""
+
+
+@pytest.mark.quick
+@pytest.mark.skipif(allocator._c_function("mallopt") is None, reason="needs glibc")
+def test_large_blocks_are_returned_when_they_are_freed():
+    def returned(mode: str) -> int:
+        program = [sys.executable, "-c", BLOCK_PROGRAM, mode]
+        return int(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+
+    assert returned("set") > 50 * MIB
+    assert returned("unset") < 10 * MIB

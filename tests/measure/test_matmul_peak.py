@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgejax.measure import matmul_peak
-from edgejax.measure.matmul_peak import MatmulPeak, measure_matmul_peak, rate_gflop_per_s
+from edgejax.measure.matmul_peak import MatmulPeak, SustainedPeak, measure_matmul_peak, rate_gflop_per_s
 from edgejax.measure.timing import Timing
 
 pytestmark = pytest.mark.quick
@@ -38,3 +38,22 @@ def test_is_plausible_and_keeps_its_samples():
     assert peak.gflop_per_s == pytest.approx(
         max(rate_gflop_per_s(shape, float(np.median(times))) for shape, times in peak.samples_s.items())
     )
+
+
+def test_a_sustained_rate_is_the_mean_over_its_time(monkeypatch):
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Clock()
+
+    class Product:
+        def block_until_ready(self):
+            clock.now += 0.25
+
+    monkeypatch.setattr(matmul_peak, "_product", lambda shape: Product)
+    monkeypatch.setattr(matmul_peak, "time", clock)
+    rate = SustainedPeak((10, 10, 10)).gflop_per_s(seconds=0.6)  # three products in 0.75 s
+    assert rate == pytest.approx(3 * 2 * 10**3 / 0.75 / 1e9)

@@ -1,0 +1,126 @@
+"""The two compiled programs of a run, the step and the evaluation, made from shapes alone.
+
+Compiling takes several hundred megabytes for a moment. A run therefore compiles before it reads the weights, so that
+the two are never in memory together.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from edgejax.core.allocator import release_freed_memory
+from edgejax.core.arrays import PyTree
+from edgejax.data import Batch
+from edgejax.models import Decoder, LoraConfig, ModelConfig, init_lora
+from edgejax.quant import dequantize, is_quantized
+from edgejax.train.learning_rate import make_schedule
+from edgejax.train.optimizers import make_optimizer
+from edgejax.train.settings import TrainSettings
+from edgejax.train.state import TrainState, init_state
+from edgejax.train.whole import Mode, make_eval_step, make_train_step
+
+
+class Programs(NamedTuple):
+    """What a run executes.
+
+    Attributes:
+      mode: ``lora`` or ``full``.
+      schedule: the learning rate by step.
+      start: from the model's parameters to ``(frozen, state)`` before the first step.
+      step: compiled ``(state, frozen, batch [A, B, T]) -> (state, metrics)``; takes the state by donation.
+      evaluate: compiled ``(trainable, frozen, batch [B, T]) -> (loss sum, counted tokens)``.
+      params: shapes and dtypes of the parameters they were compiled for.
+    """
+
+    mode: Mode
+    schedule: optax.Schedule
+    start: Callable[[PyTree], tuple[PyTree, TrainState]]
+    step: Any
+    evaluate: Any
+    params: PyTree
+
+    def fit(self, params: PyTree) -> bool:
+        """Whether they were compiled for parameters like these."""
+        return abstract(params) == self.params
+
+
+def compile_programs(
+    config: ModelConfig, params: PyTree, settings: TrainSettings, lora: LoraConfig | None, seq_length: int
+) -> Programs:
+    """Compile a run's programs; nothing is computed.
+
+    Args:
+      config: the decoder.
+      params: its parameters, or their ``jax.ShapeDtypeStruct``s.
+      settings: of the run.
+      lora: which layers get adapters; None trains all parameters.
+      seq_length: positions of a row, T.
+
+    Raises:
+      ConfigError: settings that cannot be honoured.
+    """
+    mode: Mode = "full" if lora is None else "lora"
+    decoder = Decoder(config, lora)
+    schedule = make_schedule(
+        settings.schedule,
+        settings.learning_rate,
+        steps=settings.steps,
+        warmup=settings.warmup,
+        final_fraction=settings.final_rate_fraction,
+    )
+    optimizer = make_optimizer(
+        settings.optimizer,
+        settings.learning_rate if settings.is_constant else schedule,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+        options=settings.optimizer_options,
+    )
+
+    def start(params: PyTree) -> tuple[PyTree, TrainState]:
+        frozen, trainable = trainable_and_frozen(config, params, lora, settings.seed)
+        # One program each: leaf by leaf they would be dozens, each with its own compiling.
+        return frozen, init_state(trainable, optimizer._replace(init=jax.jit(optimizer.init)))
+
+    shapes = abstract(params)
+    frozen, state = jax.eval_shape(start, shapes)
+    step: Any = make_train_step(decoder, optimizer, mode=mode, remat=settings.remat)
+    evaluate: Any = make_eval_step(decoder, mode=mode)
+    rows = (settings.batch_size, seq_length)
+    compiled = (
+        step.lower(state, frozen, abstract_batch(settings.accumulate, *rows)).compile(),
+        evaluate.lower(state.trainable, frozen, abstract_batch(*rows)).compile(),
+    )
+    release_freed_memory()
+    return Programs(mode, schedule, start, *compiled, shapes)
+
+
+def trainable_and_frozen(
+    config: ModelConfig, params: PyTree, lora: LoraConfig | None, seed: int
+) -> tuple[PyTree, PyTree]:
+    """``(frozen, trainable)`` of a run. Trained leaves are never the model's own buffers, for the step donates them."""
+    if lora is not None:
+        return params, jax.jit(init_lora, static_argnums=(0, 1))(config, lora, jax.random.key(seed))
+
+    def wide(leaf: Any) -> jax.Array:
+        return jnp.array(dequantize(leaf), jnp.float32, copy=True)
+
+    return {}, jax.tree.map(wide, params, is_leaf=is_quantized)
+
+
+def abstract(tree: PyTree) -> PyTree:
+    """Shapes and dtypes of a tree of arrays, as ``jax.ShapeDtypeStruct``s that compare equal.
+
+    >>> abstract({"w": np.zeros((2, 3), np.float32)})
+    {'w': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}
+    """
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def abstract_batch(*shape: int) -> Batch:
+    """Shapes and dtypes of a batch with leaves of this shape."""
+    integers = jax.ShapeDtypeStruct(shape, np.int32)
+    return Batch(integers, integers, jax.ShapeDtypeStruct(shape, bool), integers, integers)  # type: ignore[arg-type]
