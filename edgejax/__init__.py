@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgejax.weights.export import export as export
     from edgejax.weights.export_peft import load_peft as load_peft
     from edgejax.weights.load import load_model as load_model
+    from edgejax.weights.load import open_model as open_model
 
 _HOMES = {
     "Decoder": "edgejax.models",
@@ -38,6 +39,7 @@ _HOMES = {
     "load_model": "edgejax.weights.load",
     "load_peft": "edgejax.weights.export_peft",
     "load_text": "edgejax.data",
+    "open_model": "edgejax.weights.load",
 }
 __all__ = ["__version__", *_HOMES]
 

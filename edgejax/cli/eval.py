@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from edgejax.cli.options import add_model_arguments
+from edgejax.cli.options import add_model_arguments, check_step_size, whole_number
 
 EPILOG = """examples:
   edgejax eval --data notes.txt
@@ -30,9 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use only the documents a run with this share and seed holds out",
     )
     group.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
-    group.add_argument("--seq", type=int, default=512, help="positions of a row (default: %(default)s)")
-    group.add_argument("--batch", type=int, default=1, help="rows of a batch (default: %(default)s)")
-    group.add_argument("--max-rows", type=int, help="stop after so many rows (default: all)")
+    group.add_argument(
+        "--seq", type=whole_number, default=512, help="positions of a row (default: %(default)s)"
+    )
+    group.add_argument("--batch", type=whole_number, default=1, help="rows of a batch (default: %(default)s)")
+    group.add_argument("--max-rows", type=whole_number, help="stop after so many rows (default: all)")
     group.add_argument("--no-packing", action="store_true", help="one document a row")
     group.add_argument(
         "--allow-long-context", action="store_true", help="let --seq exceed the model's context"
@@ -48,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from edgejax.models import Decoder
     from edgejax.train import evaluate
 
+    check_step_size(args.batch, args.seq)
     enable_compile_cache()
     model, adapters, lora = open_model(args.model, args.base, args.adapter)
     tokenizer, config = need_tokenizer(model), model.config

@@ -6,12 +6,20 @@ The arguments are turned into what the Python API takes and nothing else: ``load
 
 import argparse
 import math
+import os
 import shlex
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgejax.cli.finetune_arguments import DEFAULT_RANK, DEFAULT_STEPS, DEFAULTS, SCHEDULES, add_arguments
+from edgejax.cli.finetune_arguments import (
+    DEFAULT_RANK,
+    DEFAULT_STEPS,
+    DEFAULTS,
+    add_arguments,
+    check_options,
+)
 from edgejax.core.errors import ConfigError, Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -32,11 +40,16 @@ def run(args: argparse.Namespace) -> int:
     options = argparse.Namespace(**merge_options(given, out))
     check_options(options)  # before anything is imported, loaded or fetched
     lora = lora_config(options)
+    again = f"To go on: edgejax finetune --resume --out {shlex.quote(str(out))}"
     try:
         return _finetune(options, lora, out)
     except Interrupted as stop:
-        again = f"edgejax finetune --resume --out {shlex.quote(str(out))}"
-        raise Interrupted(f"{stop}\nTo go on: {again}", stop.exit_code - 128) from stop
+        raise Interrupted(f"{stop}\n{again}", stop.exit_code - 128) from stop
+    except KeyboardInterrupt as stop:  # before training, or while what was trained is written
+        if not os.path.exists(out / "config.json"):
+            raise
+        number = stop.args[0] if stop.args else signal.SIGINT
+        raise Interrupted(f"interrupted; what was trained is in {out}\n{again}", number) from stop
 
 
 def _finetune(options: argparse.Namespace, lora: "LoraConfig | None", out: Path) -> int:
@@ -56,6 +69,7 @@ def _finetune(options: argparse.Namespace, lora: "LoraConfig | None", out: Path)
     runtime_bytes = process_memory().rss_bytes
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     model = open_model(options.model, base=options.base)
+    check_sample(options, need_tokenizer(model), model.config)
     rows = load_rows(options, need_tokenizer(model), model.config)
     settings = train_settings(options, rows.train)
     if not options.quiet:
@@ -105,7 +119,7 @@ def record_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options as JSON values, with paths that hold from any folder."""
 
     def lasting(text: str) -> str:
-        return str(Path(text).absolute()) if Path(text).exists() else text
+        return str(Path(text).absolute()) if os.path.exists(text) else text
 
     values = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
     values["model"] = lasting(options.model)
@@ -114,27 +128,19 @@ def record_of(options: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Refuses what can be refused without looking at a file.
+def check_sample(options: argparse.Namespace, tokenizer: "Tokenizer", config: "ModelConfig") -> None:
+    """Refuses, before anything is trained, a prompt that could not be continued afterwards.
 
     Raises:
-      ConfigError: a schedule that there is not, adapter options without adapters, a number out of range.
+      ConfigError: it has no tokens, or the continuation would exceed the model's context.
     """
-    if options.schedule not in SCHEDULES:
-        raise ConfigError(f"--schedule {options.schedule} is not there yet; there is: {', '.join(SCHEDULES)}")
-    if options.mode == "full":
-        unused = [
-            name for name in ("rank", "alpha", "rslora", "targets") if getattr(options, name) is not None
-        ]
-        if unused:
-            raise ConfigError(
-                f"--mode full trains all parameters and has no adapters: leave out {', '.join('--' + n for n in unused)}"
-            )
-    if options.epochs is not None and not (options.epochs > 0 and math.isfinite(options.epochs)):
-        raise ConfigError(f"--epochs must be above 0, not {options.epochs:g}")
-    if options.batch < 1 or options.accumulate < 1:
+    n_prompt = len(tokenizer.encode(options.prompt))
+    if options.sample_tokens and not n_prompt:
+        raise ConfigError(f"--prompt {options.prompt!r} has no tokens; give some text, or --sample-tokens 0")
+    if options.sample_tokens and n_prompt + options.sample_tokens > config.max_position:
         raise ConfigError(
-            f"--batch {options.batch} and --accumulate {options.accumulate} must both be at least 1"
+            f"a --prompt of {n_prompt} tokens and {options.sample_tokens} new ones (--sample-tokens) exceed the model's "
+            f"context of {config.max_position}; use fewer"
         )
 
 
@@ -216,7 +222,7 @@ def _run_folder(given: dict[str, Any]) -> Path:
 
 def _share(held_out: list[str]) -> float | None:
     """``--held-out`` as a share of the documents, or None where it names files."""
-    if len(held_out) != 1 or Path(held_out[0]).exists():
+    if len(held_out) != 1 or os.path.exists(held_out[0]):
         return None
     try:
         return float(held_out[0])

@@ -1,11 +1,23 @@
 """What ``edgejax finetune`` can be told. Only what was given is set, so that a resumed run can fill in the rest."""
 
 import argparse
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgejax.cli.options import BASES, DEFAULT_MODEL, key_value, names, number_or_none, steps_or_share
+from edgejax.cli.options import (
+    BASES,
+    DEFAULT_MODEL,
+    check_step_size,
+    key_value,
+    names,
+    number_or_none,
+    steps_or_share,
+    whole_number,
+)
+from edgejax.core.errors import ConfigError
 
 SCHEDULES = ("whole",)
 DEFAULT_STEPS = 100
@@ -77,24 +89,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE|PATH",
         help="share of the documents put aside, or files of their own",
     )
-    add("--seq", type=int, help="positions of a row")
+    add("--seq", type=whole_number, help="positions of a row")
     add("--no-packing", action="store_true", help="one document a row instead of many")
     add("--allow-long-context", action="store_true", help="let --seq exceed the model's context")
 
     add = _adder(parser.add_argument_group("what is trained"))
     add("--mode", choices=("lora", "full"), help="adapters, or all parameters")
-    add("--rank", type=int, help=f"of the adapters (default: {DEFAULT_RANK})")
+    add("--rank", type=whole_number, help=f"of the adapters (default: {DEFAULT_RANK})")
     add("--alpha", type=float, help="adapters are scaled by alpha / rank (default: twice the rank)")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(rank) instead")
     add("--targets", type=names, metavar="NAME,...", help="linear layers that get adapters (default: all)")
 
     group = parser.add_argument_group("training")
     length = _adder(group.add_mutually_exclusive_group())
-    length("--steps", type=int, help=f"optimizer steps (default: {DEFAULT_STEPS})")
+    length("--steps", type=whole_number, help=f"optimizer steps (default: {DEFAULT_STEPS})")
     length("--epochs", type=float, help="times through the training rows, instead of --steps")
     add = _adder(group)
-    add("--batch", type=int, help="rows of a micro-step")
-    add("--accumulate", type=int, help="micro-steps of a step")
+    add("--batch", type=whole_number, help="rows of a micro-step")
+    add("--accumulate", type=whole_number, help="micro-steps of a step")
     add("--optimizer", metavar="NAME", help="any optax optimizer")
     add(
         "--optimizer-option", type=key_value, action="append", metavar="NAME=VALUE",
@@ -115,17 +127,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace the run in --out")
     add(
         "--eval-every",
-        type=int,
+        type=whole_number,
         metavar="STEPS",
         help="held-out loss in between (default: before and after only)",
     )
-    add("--eval-rows", type=int, metavar="ROWS", help="held-out rows of an evaluation (default: all)")
-    add("--checkpoint-every", type=int, metavar="STEPS", help="one is always written at the end")
-    add("--keep", type=int, metavar="N", help="newest checkpoints that stay")
+    add(
+        "--eval-rows", type=whole_number, metavar="ROWS", help="held-out rows of an evaluation (default: all)"
+    )
+    add("--checkpoint-every", type=whole_number, metavar="STEPS", help="one is always written at the end")
+    add("--keep", type=whole_number, metavar="N", help="newest checkpoints that stay")
     add("--prompt", help="continued before and after")
-    add("--sample-tokens", type=int, metavar="N", help="length of those continuations; 0: none")
+    add("--sample-tokens", type=whole_number, metavar="N", help="length of those continuations; 0: none")
     add("--json", action="store_true", help="end with the result as one line of JSON")
     add("--quiet", action="store_true", help="no progress and no summary")
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuses what can be refused without looking at a file.
+
+    Raises:
+      ConfigError: a schedule that there is not, adapter options without adapters, a number out of range, an
+        ``--overwrite`` that would remove what is to be read.
+    """
+    if options.schedule not in SCHEDULES:
+        raise ConfigError(f"--schedule {options.schedule} is not there yet; there is: {', '.join(SCHEDULES)}")
+    if options.mode == "full":
+        unused = [
+            name for name in ("rank", "alpha", "rslora", "targets") if getattr(options, name) is not None
+        ]
+        if unused:
+            raise ConfigError(
+                f"--mode full trains all parameters and has no adapters: leave out {', '.join('--' + n for n in unused)}"
+            )
+    if options.epochs is not None and not (options.epochs > 0 and math.isfinite(options.epochs)):
+        raise ConfigError(f"--epochs must be above 0, not {options.epochs:g}")
+    if options.batch < 1 or options.accumulate < 1:
+        raise ConfigError(
+            f"--batch {options.batch} and --accumulate {options.accumulate} must both be at least 1"
+        )
+    check_step_size(options.batch * options.accumulate, options.seq)
+    if options.alpha is not None and not (options.alpha > 0 and math.isfinite(options.alpha)):
+        raise ConfigError(f"--alpha must be a finite number above 0, not {options.alpha:g}")
+    if options.sample_tokens < 0:
+        raise ConfigError(f"--sample-tokens must be 0 (no samples) or more, not {options.sample_tokens}")
+    if options.overwrite:
+        _check_inputs_stay(options)
+
+
+def _check_inputs_stay(options: argparse.Namespace) -> None:
+    out = os.path.realpath(options.out)
+    for text in (options.model, *options.data, *options.held_out):
+        if os.path.exists(text) and Path(os.path.realpath(text)).is_relative_to(out):
+            raise ConfigError(
+                f"--overwrite would remove {text}, which lies in {options.out}; choose another --out"
+            )
 
 
 def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import sys
 
-from edgejax.cli.options import add_model_arguments
+from edgejax.cli.options import add_model_arguments, whole_number
 
 EPILOG = """examples:
   edgejax generate --prompt "The with statement"
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--system", metavar="TEXT", help="the system message of a chat")
     group.add_argument(
-        "--max-tokens", type=int, default=100, help="stop after so many (default: %(default)s)"
+        "--max-tokens", type=whole_number, default=100, help="stop after so many (default: %(default)s)"
     )
     group.add_argument(
         "--allow-long-context", action="store_true", help="let prompt and text exceed the model's context"
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, default=1.0, help="draw from the likeliest of this mass (default: %(default)s)"
     )
     group.add_argument(
-        "--top-k", type=int, default=0, help="draw from so many; 0: all (default: %(default)s)"
+        "--top-k", type=whole_number, default=0, help="draw from so many; 0: all (default: %(default)s)"
     )
-    group.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    group.add_argument("--seed", type=whole_number, default=0, help="of the draws (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end, do not stream")
 
 
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
       ConfigError: ``--system`` without ``--chat``, and what ``models.generate`` refuses.
+      DataError: standard input that is not text.
     """
     from edgejax.cli.session import need_tokenizer, open_model
     from edgejax.core.cache import enable_compile_cache
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     enable_compile_cache()
     model, adapters, lora = open_model(args.model, args.base, args.adapter)
     need_tokenizer(model)
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = _standard_input() if args.prompt == "-" else args.prompt
     messages = [{"role": "user", "content": text}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
@@ -82,6 +83,19 @@ def run(args: argparse.Namespace) -> int:
     )
     print(json.dumps({"model": model.source.name, **dataclasses.asdict(result)}) if args.json else "")
     return 0
+
+
+def _standard_input() -> str:
+    from edgejax.core.errors import DataError
+
+    if sys.stdin is None:
+        raise DataError("standard input is closed; give the text with --prompt TEXT")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"standard input is not UTF-8: {error}; convert it, for example with iconv"
+        ) from error
 
 
 def _show(piece: str) -> None:

@@ -8,13 +8,17 @@ is saved where the message says); 1 a fault of edgejax itself, with a traceback.
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
+from types import FrameType
 
 import edgejax
-from edgejax.core.errors import EdgejaxError
+from edgejax.core.errors import ConfigError, EdgejaxError
 
 COMMANDS = {
     "finetune": "fine-tune a model on text; ends with an adapter and a report",
@@ -63,22 +67,86 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed its message
         return stop.code if isinstance(stop.code, int) else 2
     try:
+        _check_text(words)
         code = args.run(args)
         sys.stdout.flush()
         return code
     except EdgejaxError as error:
-        print(f"edgejax {args.command}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"edgejax {args.command}: interrupted", file=sys.stderr)
-        return 130
-    except (
-        BrokenPipeError
-    ):  # the reader of our output has gone (edgejax ... | head); nothing more to say to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(args.command, str(error), error.exit_code)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        return _fail(args.command, f"interrupted{by}", 128 + number)
+    except BrokenPipeError:  # the reader of our output has gone (edgejax ... | head)
+        _drop_output()
         return 141
+    except OSError as error:  # what a command did not foresee: no permission, a name too long, a full disk
+        if error.filename is None:
+            _drop_output()
+        place, reason = error.filename or "input or output", error.strerror or error
+        advice = "check the path, its permissions and the free space"
+        return _fail(args.command, f"{place}: {reason}; {advice}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):  # as XLA says it
+            raise
+        reason = (str(error).splitlines() or ["MemoryError"])[0]
+        advice = "use fewer rows at a time, shorter rows, a lower rank, a smaller model, or --base int4"
+        return _fail(args.command, f"not enough memory: {reason}; {advice}", 2)
+
+
+def _fail(command: str, message: str, code: int) -> int:
+    with contextlib.suppress(OSError):  # the terminal may have gone
+        print(f"edgejax {command}: {message}", file=sys.stderr)
+    return code
+
+
+def _check_text(words: Sequence[str]) -> None:
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"the argument {word!r} is not UTF-8: checkpoints and reports could not name it; rename the file, or "
+                "choose a UTF-8 locale (LC_ALL=C.UTF-8)"
+            ) from None
+
+
+def _drop_output() -> None:
+    """Keeps the end of the program from flushing into what cannot be written."""
+    with contextlib.suppress(OSError):  # what stands in for it may have no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Ends a command on SIGINT or SIGTERM, with its temporary files removed; training has handlers of its own."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            # Half-made modules swallow an exception or turn it into another; no file is being written here.
+            os.write(2, b"edgejax: interrupted\n")
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise KeyboardInterrupt(number)
+
+
+def _open_closed_streams() -> None:
+    """Gives streams that were closed (``>&-``) somewhere to go.
+
+    Their numbers would be those of the next files opened, and what C code prints would end up in these.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # open to the end
 
 
 def entry_point() -> None:
     """What the installed ``edgejax`` script calls."""
+    _open_closed_streams()
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) == usual:  # not where a parent has them ignored (nohup)
+            signal.signal(number, _stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # letters that the terminal's encoding lacks
     sys.exit(main())

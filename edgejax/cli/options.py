@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+from edgejax.core.errors import ConfigError
+
+INT32_MAX = 2**31 - 1  # what arrays count with
 BASES = ("auto", "int8", "int4", "bf16", "f32")
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -38,8 +41,16 @@ def adapter_folder(path: Path) -> Path:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """``"q_proj, v_proj"`` as ``("q_proj", "v_proj")``."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    """``"q_proj, v_proj"`` as ``("q_proj", "v_proj")``, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def whole_number(text: str) -> int:
+    """A whole number that fits 32 bits."""
+    value = int(text)
+    if abs(value) > INT32_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; at most {INT32_MAX} can be counted")
+    return value
 
 
 def number_or_none(text: str) -> float | None:
@@ -47,10 +58,19 @@ def number_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else float(text)
 
 
+def check_step_size(n_rows: int, seq_length: int) -> None:
+    """Refuses steps of more positions than can be counted."""
+    if n_rows * seq_length > INT32_MAX:
+        raise ConfigError(
+            f"{n_rows} rows of {seq_length} positions are {n_rows * seq_length} positions at a time, more than "
+            f"{INT32_MAX}; use a smaller --batch or --seq"
+        )
+
+
 def steps_or_share(text: str) -> int | float:
     """Whole numbers as int (steps), others as float (a share of the steps)."""
     try:
-        return int(text)
+        return whole_number(text)
     except ValueError:
         return float(text)
 
@@ -68,5 +88,6 @@ def key_value(text: str) -> tuple[str, object]:
         return key, value
 
 
+whole_number.__name__ = "whole number"
 number_or_none.__name__ = "number"  # argparse names the type in "invalid ... value"
 steps_or_share.__name__ = "number of steps, or share of them"

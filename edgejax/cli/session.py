@@ -1,5 +1,7 @@
 """What commands do before their own work: open the model, its tokenizer and an adapter."""
 
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +27,8 @@ class Opened(NamedTuple):
 def open_model(name: str, base: "Base", adapter: Path | None = None, *, on_host: bool = False) -> Opened:
     """Loads what ``--model``, ``--base`` and ``--adapter`` name; ``on_host`` leaves numpy arrays.
 
+    An adapter fits any model of the same shapes; that it was trained on other weights is said on standard error.
+
     Raises:
       WeightsError, ConfigError: as ``load_model`` and ``load_peft`` do.
     """
@@ -34,7 +38,24 @@ def open_model(name: str, base: "Base", adapter: Path | None = None, *, on_host:
     model = load_model(name, base=base, on_host=on_host)
     if adapter is None:
         return Opened(model, {}, None)
-    return Opened(model, *load_peft(adapter_folder(adapter), model.config))
+    folder = adapter_folder(adapter)
+    adapters, lora = load_peft(folder, model.config)
+    _tell_of_another_base(folder.parent, model)
+    return Opened(model, adapters, lora)
+
+
+def _tell_of_another_base(run: Path, model: "LoadedModel") -> None:
+    try:
+        base = json.loads((run / "config.json").read_text(encoding="utf-8"))["model"]
+        name, sha256 = base["name"], base["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no run's folder: what the adapter was trained on is not known
+    if sha256 != model.source.sha256:
+        print(
+            f"note: the adapter in {run} was trained on {name} (SHA-256 {sha256[:12]}), this is {model.source.name} "
+            f"({model.source.sha256[:12]}); with other weights it does something else",
+            file=sys.stderr,
+        )
 
 
 def need_tokenizer(model: "LoadedModel | OpenedModel") -> "Tokenizer":
@@ -51,6 +72,6 @@ def need_tokenizer(model: "LoadedModel | OpenedModel") -> "Tokenizer":
     return model.tokenizer
 
 
-def source_of(paths: list[str]) -> str | list[Path]:
+def source_of(paths: list[str]) -> str | list[str]:
     """What ``--data`` was given, as ``load_text`` takes it: the name of a corpus, or paths."""
-    return paths[0] if len(paths) == 1 else [Path(path) for path in paths]
+    return paths[0] if len(paths) == 1 else paths

@@ -1,6 +1,7 @@
 """From what a person names to rows: read, tokenise, split, pack."""
 
 import functools
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from edgejax.data.documents import Document, encode_records
 from edgejax.data.sources import Paths, Record, read_records
 from edgejax.data.split import check_disjoint, split_documents
 from edgejax.data.tokenizer import Tokenizer
+
+MAX_SEQ_LENGTH = 2**24  # no model reads rows of this length; rows beyond it only cost memory
 
 
 class Split(NamedTuple):
@@ -43,12 +46,16 @@ def load_documents(
     """
     if isinstance(source, str) and source in CORPORA:
         records: Iterable[Record] = CORPORA[source]()
-    elif isinstance(source, str) and not Path(source).exists():
+    elif isinstance(source, str) and source and not os.path.exists(source):
         raise DataError(
             f"{source}: there is no such file or folder (looked from {Path.cwd()}), "
             f"and of the texts that come along ({', '.join(CORPORA)}) none has this name"
         )
     else:
+        if not isinstance(source, str | Path) and (alone := [name for name in source if name in CORPORA]):
+            raise DataError(
+                f"{alone[0]} comes along with edgejax and is used alone; leave it or the files out"
+            )
         records = read_records(source, ignore_fields=ignore_fields)
     documents = encode_records(records, tokenizer, parse_special=parse_special)
     if vocab_size is not None:
@@ -119,7 +126,7 @@ def check_seq_length(seq_length: int, max_position: int | None, *, allow_long_co
     """Refuse rows that no model can use, or this one was not made for.
 
     Raises:
-      DataError: ``seq_length`` below 2.
+      DataError: ``seq_length`` below 2 or above ``MAX_SEQ_LENGTH``.
       ConfigError: ``seq_length`` above ``max_position`` without ``allow_long_context``.
 
     Example:
@@ -137,6 +144,8 @@ def check_seq_length(seq_length: int, max_position: int | None, *, allow_long_co
             f"sequence length {seq_length} is longer than the model's context of {max_position} positions; "
             f"use {max_position} or less, or --allow-long-context to train beyond it"
         )
+    if seq_length > MAX_SEQ_LENGTH:
+        raise DataError(f"sequence length {seq_length}: a row has at most {MAX_SEQ_LENGTH} positions")
 
 
 def _check_vocabulary(documents: list[Document], vocab_size: int) -> None:

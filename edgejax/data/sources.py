@@ -10,6 +10,7 @@ misspelt ``completion`` would otherwise train on something else than was meant; 
 """
 
 import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -74,10 +75,15 @@ def read_records(paths: Paths, *, ignore_fields: Collection[str] = ()) -> Iterat
 
 
 def _files(paths: Paths) -> list[Path]:
-    given = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    listed = [paths] if isinstance(paths, str | Path) else paths
+    if "" in listed:
+        raise DataError("no data: the name of a file is empty; name a file or folder (. is the current one)")
+    given = [Path(p) for p in listed]
     if not given:
         raise DataError("no data: the list of files is empty; name a file or folder")
-    files = [file for path in given for file in (_folder_files(path) if path.is_dir() else [_one_file(path)])]
+    files = [
+        file for path in given for file in (_folder_files(path) if os.path.isdir(path) else [_one_file(path)])
+    ]
     seen: set[Path] = set()
     for file in files:
         if file.resolve() in seen:
@@ -88,7 +94,7 @@ def _files(paths: Paths) -> list[Path]:
 
 def _one_file(path: Path) -> Path:
     known = TEXT_SUFFIXES + JSONL_SUFFIXES
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: there is no such file or folder (looked from {Path.cwd()})")
     if path.suffix.lower() not in known:
         raise DataError(f"{path}: not a kind of file that is read; rename it to one of {', '.join(known)}")
@@ -125,6 +131,9 @@ def _read_text(path: Path) -> TextRecord:
         raise DataError(f"{path}:{line}: {_not_utf8(error)}") from error
     if not text.strip():
         raise DataError(f"{path}: the file holds no text; remove it or write some")
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}:{line}: a zero byte, so this is no text but binary data; name a text file")
     return TextRecord(str(path), text)
 
 

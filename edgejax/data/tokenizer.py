@@ -114,6 +114,13 @@ class Tokenizer:
         return (self.bos_id,)
 
     def _split(self, text: str, parse_special: bool) -> tokenizers.Encoding:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of another encoding in an argument, half a surrogate pair
+            raise DataError(
+                f"the text cannot be written as UTF-8 at character {error.start} "
+                f"({text[error.start : error.end]!r}); convert it"
+            ) from error
         self.backend.encode_special_tokens = not parse_special
         try:
             return self.backend.encode(text, add_special_tokens=False)

@@ -9,6 +9,7 @@ from edgejax.train.learning_rate import SCHEDULES, make_schedule, rates, warmup_
 from edgejax.train.loop import LoopResult, StepFigures, train_loop
 from edgejax.train.metrics import MetricsLog, read_metrics
 from edgejax.train.optimizers import decay_mask, make_optimizer, optimizer_names
+from edgejax.train.programs import Programs, compile_programs
 from edgejax.train.progress import LiveProgress, PlainProgress, Progress, SilentProgress
 from edgejax.train.run_folder import RunFolder, is_run_folder, read_config, write_json
 from edgejax.train.settings import TrainSettings
@@ -28,6 +29,7 @@ __all__ = [
     "Mode",
     "ModelLike",
     "PlainProgress",
+    "Programs",
     "Progress",
     "RunFolder",
     "RunIdentity",
@@ -38,6 +40,7 @@ __all__ = [
     "TrainSettings",
     "TrainState",
     "check_same_run",
+    "compile_programs",
     "decay_mask",
     "evaluate",
     "evaluate_with",

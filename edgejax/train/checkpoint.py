@@ -122,13 +122,13 @@ class Checkpoints:
             self.close()
             self._remove_unfinished()
             kept = (
-                f"that of step {self.last_saved} stays"
-                if self.last_saved is not None
-                else "there is none before it"
+                "There is none before it"
+                if self.last_saved is None
+                else f"Of those before it, that of step {self.last_saved} stays"
             )
             raise RunError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {_first_line(error)}. "
-                f"Of those before it, {kept}. Free space or make the folder writable, then resume."
+                f"{kept}. Free space or make the folder writable, then resume."
             ) from error
         self.last_saved = step
         shutil.rmtree(self.folder / _DELETED, ignore_errors=True)

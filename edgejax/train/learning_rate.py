@@ -69,8 +69,7 @@ def warmup_steps(warmup: int | float, steps: int) -> int:
     """
     if (
         isinstance(warmup, bool)
-        or not np.isfinite(warmup)
-        or warmup < 0
+        or not 0 <= warmup < float("inf")
         or (isinstance(warmup, float) and warmup >= 1)
     ):
         raise ConfigError(

@@ -72,10 +72,10 @@ def make_optimizer(
     if name in _NOT_OPTIMIZERS or not _is_optimizer(name):
         reason = f" ({_NOT_OPTIMIZERS[name]})" if name in _NOT_OPTIMIZERS else ""
         raise ConfigError(f"no optimizer named {name!r}{reason}; there are: {', '.join(optimizer_names())}")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ConfigError(f"clip_norm must be above 0, not {clip_norm}; None turns clipping off")
-    if not weight_decay >= 0:
-        raise ConfigError(f"weight_decay must be at least 0, not {weight_decay}")
+    if clip_norm is not None and not 0 < clip_norm < float("inf"):
+        raise ConfigError(f"clip_norm must be above 0 and finite, not {clip_norm}; None turns clipping off")
+    if not 0 <= weight_decay < float("inf"):
+        raise ConfigError(f"weight_decay must be at least 0 and finite, not {weight_decay}")
     factory = getattr(optax, name)
     parameters = inspect.signature(factory).parameters
     arguments = _checked_options(name, dict(options or {}), parameters)

@@ -1,5 +1,6 @@
 """What a person sees of a run: one live line in a terminal, plain lines anywhere else."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -65,7 +66,8 @@ class PlainProgress:
         )
 
     def note(self, text: str) -> None:
-        print(text, file=self._stream or sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # whoever read this has gone; the run goes on
+            print(text, file=self._stream or sys.stderr, flush=True)
 
 
 class LiveProgress:

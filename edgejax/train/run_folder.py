@@ -93,6 +93,12 @@ class RunFolder:
 
     def _claim(self, resume: bool, overwrite: bool) -> None:
         path = self.path
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise RunError(
+                f"{str(path)!r} is not UTF-8, as checkpoints need it; choose another name"
+            ) from None
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file; a run needs a folder of its own. Choose another path.")
         used = path.is_dir() and any(entry.name not in _SCRATCH for entry in path.iterdir())
@@ -104,10 +110,13 @@ class RunFolder:
             )
         if used and not resume and not overwrite:
             raise RunError(
-                f"{path} already holds a run. Go on with it (resume), replace it (overwrite), or choose another folder."
+                f"{path} already holds a run. Go on with it (--resume), replace it (--overwrite), or choose another "
+                "folder."
             )
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _hold(path)
+        if not used and (path / "config.json").exists():
+            raise RunError(f"another process has just made a run in {path}; choose another folder")
         if overwrite:
             for entry in path.iterdir():
                 if entry.name != _LOCK:
@@ -132,8 +141,8 @@ def read_config(path: Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{path} is no run folder: it has no config.json") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"{path} is no run folder: it has no config.json. Name the folder of a run.") from None
     except ValueError as error:
         raise RunError(f"{file} is damaged: {error}. Start the run again in another folder.") from error
     if not isinstance(config, dict):
@@ -173,11 +182,13 @@ def _hold(path: Path) -> IO[str]:
 
 def _probe(path: Path) -> None:
     probe = path / ".write-probe"
-    with open(probe, "wb") as file:
-        file.write(bytes(4096))
-        file.flush()
-        os.fsync(file.fileno())
-    probe.unlink()
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _cannot_use(path: Path, error: OSError) -> str:

@@ -79,7 +79,7 @@ class TrainSettings:
         warmup_steps(self.warmup, self.steps)
         object.__setattr__(self, "optimizer_options", dict(self.optimizer_options))
         try:
-            json.dumps(self.optimizer_options)
+            json.dumps(self.optimizer_options, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"optimizer_options must be JSON values: {error}") from error
         make_optimizer(
@@ -124,8 +124,8 @@ class TrainSettings:
 
 
 def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ConfigError(f"{name} must be a whole number of at least 1 and below 2**31, not {value!r}")
 
 
 def _check_number(

@@ -54,11 +54,9 @@ class SignalGuard:
         if self.received is None:
             self.received = number
             name = signal_name(number)
-            print(
-                f"\n{name}: finishing this step and saving; once more ends at once.",
-                file=sys.stderr,
-                flush=True,
-            )
+            text = f"\n{name}: finishing this step and saving; once more ends at once."
+            with contextlib.suppress(OSError):  # the terminal may have gone
+                print(text, file=sys.stderr, flush=True)
 
 
 def _count(reader: socket.socket) -> None:

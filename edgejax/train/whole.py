@@ -66,7 +66,7 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {
             "loss": loss_sum * per_token,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "n_tokens": n_tokens,
         }
         return TrainState(state.step + 1, trainable, opt_state), metrics

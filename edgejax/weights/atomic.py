@@ -41,7 +41,7 @@ def new_file(out: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Pat
         raise RunError(f"{target} is a folder; give the name of a file to write")
     if target.exists() and not overwrite:
         raise RunError(
-            f"{target} exists and is not overwritten without being asked; choose another name or set overwrite"
+            f"{target} exists and is not overwritten without being asked; choose another name or overwrite it (--overwrite)"
         )
     with _as_run_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def new_folder(out: str | os.PathLike, *, marker: str, overwrite: bool = False) 
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise RunError(
-                f"{target} exists and is not overwritten without being asked; choose another name or set overwrite"
+                f"{target} exists and is not overwritten without being asked; choose another name or overwrite it (--overwrite)"
             )
         if not (target / marker).is_file():
             raise RunError(

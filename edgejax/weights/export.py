@@ -58,6 +58,8 @@ def export(
     if (adapters is None) != (lora is None):
         raise ConfigError("adapters and lora go together: give both, or neither")
     config, source = model.config, model.source
+    if os.path.exists(out) and os.path.exists(source.path) and os.path.samefile(out, source.path):
+        raise ConfigError(f"{out} is the model itself; it is not overwritten, choose another name")
     from_gguf = source.format == "gguf"
     if format in ("peft", "lora-gguf"):
         if adapters is None or lora is None:

@@ -8,6 +8,7 @@ saved whole, ranks that differ between layers, ...) is refused by name: leaving 
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from edgejax.weights.names import leaf_names
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_AGAIN = "it is damaged: export the adapter or download it again"
 _SIDES = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
 # Fields of adapter_config.json that change the maths, and the values (besides null, false and empty) that do not.
@@ -102,7 +104,8 @@ def export_peft(
                 # A copy: safetensors writes the buffer of a view as if it were packed.
                 tensors[_key(config, name, layer, side)] = np.ascontiguousarray(stack[layer])
     with new_folder(out_dir, marker=CONFIG_FILE, overwrite=overwrite) as folder:
-        safetensors.numpy.save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        # Not save_file: a full disk is an error of the library's own there, not an OSError.
+        (folder / WEIGHTS_FILE).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
         text = json.dumps(_adapter_config(lora, base_name), indent=2)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return Path(out_dir)
@@ -121,7 +124,8 @@ def load_peft(folder: str | os.PathLike, config: ModelConfig) -> tuple[PyTree, L
     tensors = _read_tensors(root / WEIGHTS_FILE)
     base = settings.get("base_model_name_or_path")
     wrong_base = (
-        f"it was trained on {base!r}, which is not this {config.family} model of {config.n_layers} layers"
+        f"it was trained on {base!r}, which is not this {config.family} model of {config.n_layers} layers: give "
+        "that one with --model"
     )
     keys = {_key(config, name, 0, side): (name, side) for name in LINEAR_NAMES for side in _SIDES}
     found: dict[tuple[str, str], dict[int, np.ndarray]] = {}
@@ -162,7 +166,7 @@ def _key(config: ModelConfig, name: str, layer: int, side: str) -> str:
     return f"{_PREFIX}{leaf.hf_name(layer).removesuffix('.weight')}.{_SIDES[side]}.weight"
 
 
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_LAYER = re.compile(r"\.layers\.(\d{1,9})\.")
 
 
 def _layer_number(key: str) -> int | None:
@@ -203,14 +207,14 @@ def _read_config(root: Path) -> dict:
     path = root / CONFIG_FILE
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise WeightsError(
             f"{root} has no {CONFIG_FILE}; a PEFT adapter is a folder with it and {WEIGHTS_FILE}"
         ) from None
     except (OSError, ValueError) as error:
-        raise WeightsError(f"cannot read {path}: {error}") from error
+        raise WeightsError(f"cannot read {path}: {error}; {_AGAIN}") from error
     if not isinstance(settings, dict):
-        raise WeightsError(f"{path} holds no JSON object")
+        raise WeightsError(f"{path} holds no JSON object; {_AGAIN}")
     return settings
 
 
@@ -231,9 +235,10 @@ def _lora_fields(settings: dict, path: Path) -> dict:
             "published; convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion) first"
         )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    if not whole or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
         raise WeightsError(
-            f"{path}: r = {rank!r} and lora_alpha = {alpha!r} should be a positive integer and a number"
+            f"{path}: r = {rank!r} and lora_alpha = {alpha!r} should be a positive integer and a finite number"
         )
     return {"rank": rank, "alpha": float(alpha), "rslora": bool(settings.get("use_rslora", False))}
 
@@ -244,9 +249,9 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         tensors = safetensors.numpy.load_file(path)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"cannot read {path}: {error}") from error
+        raise WeightsError(f"cannot read {path}: {error}; {_AGAIN}") from error
     wide = {key: np.asarray(tensor, np.float32) for key, tensor in tensors.items()}
     for key, tensor in wide.items():
         if not np.isfinite(tensor).all():
-            raise WeightsError(f"{path}: {key} holds NaN or infinity")
+            raise WeightsError(f"{path}: {key} holds NaN or infinity; export an earlier checkpoint")
     return wide

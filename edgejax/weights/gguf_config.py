@@ -14,7 +14,7 @@ from edgejax.models.config import ModelConfig, RopeScaling
 from edgejax.models.rope import frequencies
 from edgejax.weights.gguf_blocks import FLOAT_DTYPES
 from edgejax.weights.gguf_file import GgufFile
-from edgejax.weights.names import GGUF_ARCHITECTURES
+from edgejax.weights.names import GGUF_ARCHITECTURES, MAX_LAYERS, MAX_SIZE
 
 ROPE_FREQS = "rope_freqs.weight"
 _GEMMA3_PERIOD = 6  # every sixth layer is global
@@ -46,7 +46,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     keys = _Keys(file)
     family, arch = keys.family, keys.arch
     keys.refuse_unsupported()
-    n_layers, d_model = keys.whole("block_count"), keys.whole("embedding_length")
+    n_layers, d_model = keys.whole("block_count", at_most=MAX_LAYERS), keys.whole("embedding_length")
     n_heads = keys.whole("attention.head_count")
     head_dim = keys.whole("attention.key_length", default=d_model // n_heads)
     for same in ("attention.value_length", "rope.dimension_count"):
@@ -99,7 +99,7 @@ class _Keys:
         self.file = file
         arch = file.metadata.get("general.architecture")
         families = {name: family for family, name in GGUF_ARCHITECTURES.items()}
-        if arch not in families:
+        if not isinstance(arch, str) or arch not in families:
             raise WeightsError(
                 f"{file.path}: architecture {arch!r} is not supported; supported: {', '.join(families)}"
             )
@@ -122,11 +122,11 @@ class _Keys:
             )
         return value
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def whole(self, key: str, default: int | None = None, at_most: int = MAX_SIZE) -> int:
         value = self._typed(key, int, default, "one whole number for all layers")
-        if value < 1:
+        if not 1 <= value <= at_most:
             raise WeightsError(
-                f"{self.file.path}: metadata {self.arch}.{key} is {value}; it must be at least 1"
+                f"{self.file.path}: metadata {self.arch}.{key} is {value}; it must be at least 1 and at most {at_most}"
             )
         return value
 
@@ -139,6 +139,10 @@ class _Keys:
         # Written as float32: the number that was meant is the shortest one that rounds to it.
         return float(str(np.float32(value)))
 
+    def factor(self, key: str) -> float | None:
+        """A number, or None where it is missing or 0, which means the same."""
+        return self.number(key) if self._typed(key, (int, float), 0.0, "one number") else None
+
     def refuse_unsupported(self) -> None:
         for key in _UNSUPPORTED:
             if self.get(key) not in (None, 0, 1, False):
@@ -149,11 +153,12 @@ class _Keys:
 
 
 def _gemma3(keys: _Keys, n_layers: int, d_model: int, n_heads: int, head_dim: int) -> dict[str, Any]:
-    period = keys.get("attention.sliding_window_pattern")
-    if isinstance(period, list):
-        sliding = tuple(bool(x) for x in period)
+    pattern = keys.get("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        sliding = tuple(bool(x) for x in pattern)
     else:
-        sliding = tuple((i + 1) % (period or _GEMMA3_PERIOD) != 0 for i in range(n_layers))
+        period = keys.whole("attention.sliding_window_pattern", default=_GEMMA3_PERIOD)
+        sliding = tuple((i + 1) % period != 0 for i in range(n_layers))
     return {
         "rope_theta_sliding": keys.number("rope.freq_base_swa", default=10_000.0),
         "sliding_window": keys.whole("attention.sliding_window"),
@@ -177,12 +182,12 @@ def _rope_scaling(keys: _Keys, head_dim: int) -> RopeScaling | None:
     for factors in ("rope_factors_long.weight", "rope_factors_short.weight"):
         if factors in file.tensors:
             raise WeightsError(f"{file.path}: {factors} (longrope scaling) is not supported")
-    legacy = keys.get("rope.scale_linear")  # files from before rope.scaling.*
-    factor = keys.get("rope.scaling.factor") or legacy or 1.0
+    legacy = keys.factor("rope.scale_linear")  # files from before rope.scaling.*
+    factor = keys.factor("rope.scaling.factor") or legacy or 1.0
     if kind not in ("none", "linear"):
         raise WeightsError(f"{file.path}: rope scaling {kind!r} is not supported; supported: linear, llama3")
     if (kind == "linear" or legacy) and factor != 1.0:
-        return RopeScaling(kind="linear", factor=float(factor))
+        return RopeScaling(kind="linear", factor=factor)
     return None
 
 

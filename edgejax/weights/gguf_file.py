@@ -206,6 +206,8 @@ class _Cursor:
 
 def _parse(path: Path, header: bytes, file_bytes: int) -> GgufFile:
     cursor = _Cursor(path, header)
+    if not header:
+        raise WeightsError(f"{path}: the file is empty (0 bytes); download it again")
     if header[:4] != MAGIC:
         raise WeightsError(
             f"{path}: not a GGUF file: it begins with {header[:4]!r}, not {MAGIC!r}; give a .gguf file, or a "

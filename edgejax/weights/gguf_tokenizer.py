@@ -15,6 +15,7 @@ from edgejax.data.tokenizer import Tokenizer
 from edgejax.weights.gguf_file import GgufFile
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+NO_TOKEN = 0xFFFFFFFF  # what llama.cpp writes for an id that there is not
 _SPACE = "\u2581"  # SentencePiece writes a space so
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -46,14 +47,17 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
     fields = _Fields(file)
     kind = fields.get("model")
     if kind is None:
-        raise WeightsError(f"{file.path}: no tokenizer in the file (tokenizer.ggml.model is missing)")
+        raise WeightsError(
+            f"{file.path}: no tokenizer in the file (tokenizer.ggml.model is missing); use a file that has one, or the "
+            "model's Hugging Face folder"
+        )
     tokens = fields.list_of("tokens", str)
     if len(set(tokens)) != len(tokens):
         raise WeightsError(f"{file.path}: tokenizer.ggml.tokens names a token twice")
     types = fields.list_of("token_type", int, optional=True) or [_NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise WeightsError(f"{file.path}: {len(types)} token types for {len(tokens)} tokens")
-    pre = fields.get("pre") or "default"
+    pre = fields.text("tokenizer.ggml.pre") or "default"
     if kind == "gpt2":
         backend = _byte_level(fields, tokens, pre)
     elif kind == "llama":
@@ -77,7 +81,7 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
         pad_id=fields.token_id("padding_token_id"),
         stop_ids=tuple(dict.fromkeys(stops)),
         add_bos=bool(fields.get("add_bos_token", by_default)),
-        chat_template=file.metadata.get("tokenizer.chat_template"),
+        chat_template=fields.text("tokenizer.chat_template"),
     )
 
 
@@ -90,6 +94,12 @@ class _Fields:
     def get(self, key: str, default: Any = None) -> Any:
         return self.file.metadata.get(f"tokenizer.ggml.{key}", default)
 
+    def text(self, key: str) -> str | None:
+        value = self.file.metadata.get(key)
+        if value is not None and not isinstance(value, str):
+            raise WeightsError(f"{self.file.path}: {key} is {value!r}; it must be text")
+        return value
+
     def list_of(self, key: str, kind: type, optional: bool = False) -> list:
         value = self.file.strings(f"tokenizer.ggml.{key}") if kind is str else self.get(key)
         if value is None and optional:
@@ -101,9 +111,15 @@ class _Fields:
         return value
 
     def token_id(self, key: str) -> int | None:
-        """An id, or None where the file has none (llama.cpp also writes 2**32 - 1 for that)."""
+        """An id, or None where the file has none."""
         value = self.get(key)
-        return None if value in (None, 0xFFFFFFFF) else int(value)
+        if value in (None, NO_TOKEN):
+            return None
+        if not isinstance(value, int) or not 0 <= value < NO_TOKEN:
+            raise WeightsError(
+                f"{self.file.path}: tokenizer.ggml.{key} is {value!r}, which is no token's number"
+            )
+        return value
 
 
 def _byte_level(fields: _Fields, tokens: list[str], pre: str) -> Backend:

@@ -6,13 +6,16 @@ not compute is an error; one nobody here knows is passed over with a note.
 """
 
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from edgejax.core.errors import ConfigError, WeightsError
 from edgejax.models.config import ModelConfig, RopeScaling
-from edgejax.weights.names import HF_ARCHITECTURES, HF_MODEL_TYPES
+from edgejax.weights.names import HF_ARCHITECTURES, HF_MODEL_TYPES, MAX_LAYERS, MAX_SIZE
 
+T = TypeVar("T")
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu",
     "swish": "silu",
@@ -109,12 +112,11 @@ class _Settings:
     def __init__(self, path: Path, values: dict[str, Any]):
         self.path, self.values = path, values
 
-    def whole(self, name: str, default: int | None = None) -> int:
+    def whole(self, name: str, default: int | None = None, at_most: int = MAX_SIZE) -> int:
         value = self.values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            found = (
-                "is missing" if value is None else f"is {value!r}; it must be a whole number of at least 1"
-            )
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= at_most:
+            wanted = f"it must be a whole number of at least 1 and at most {at_most}"
+            found = "is missing" if value is None else f"is {value!r}; {wanted}"
             raise WeightsError(f"{self.path}: {name} {found}")
         return value
 
@@ -122,9 +124,25 @@ class _Settings:
         return self.positive(name, self.values.get(name))
 
     def positive(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value <= sys.float_info.max
+        ):
             raise WeightsError(f"{self.path}: {name} is {value!r}; it must be a positive number")
         return float(value)
+
+    def one_of(self, name: str, value: Any, allowed: Mapping[str, T]) -> T:
+        if not isinstance(value, str) or value not in allowed:
+            raise WeightsError(
+                f"{self.path}: {name} {value!r} is not supported; supported: {', '.join(allowed)}"
+            )
+        return allowed[value]
+
+    def group(self, name: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise WeightsError(f"{self.path}: {name} is {value!r}; it must be an object")
+        return value
 
     def flag(self, name: str) -> bool:
         value = self.values.get(name, False)
@@ -134,15 +152,11 @@ class _Settings:
 
 
 def _family(path: Path, settings: dict[str, Any]) -> Any:
-    model_type = settings.get("model_type")
     families = {kind: family for family, kind in HF_MODEL_TYPES.items()} | {"gemma3": "gemma3"}
-    if model_type not in families:
-        raise WeightsError(
-            f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(families)}"
-        )
-    family = families[model_type]
-    allowed = {HF_ARCHITECTURES[family], "Gemma3ForConditionalGeneration", None}
-    architecture = (settings.get("architectures") or [None])[0]
+    family = _Settings(path, settings).one_of("model_type", settings.get("model_type"), families)
+    allowed = [HF_ARCHITECTURES[family], "Gemma3ForConditionalGeneration", None]
+    listed = settings.get("architectures") or [None]
+    architecture = listed[0] if isinstance(listed, list) else listed
     if architecture not in allowed:
         raise WeightsError(
             f"{path}: architecture {architecture!r} is not supported; supported: {', '.join(HF_ARCHITECTURES.values())}"
@@ -166,14 +180,10 @@ def _refuse(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _build(reader: _Settings, family: Any) -> ModelConfig:
-    d_model, n_layers = reader.whole("hidden_size"), reader.whole("num_hidden_layers")
+    d_model, n_layers = reader.whole("hidden_size"), reader.whole("num_hidden_layers", at_most=MAX_LAYERS)
     n_heads = reader.whole("num_attention_heads")
     name = "hidden_activation" if "hidden_activation" in reader.values else "hidden_act"
-    activation = reader.values.get(name, "silu")
-    if activation not in _ACTIVATIONS:
-        raise WeightsError(
-            f"{reader.path}: {name} {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
-        )
+    activation = reader.one_of(name, reader.values.get(name, "silu"), _ACTIVATIONS)
     theta, scaling, theta_sliding, scaling_sliding = _rope(reader, family)
     if scaling_sliding is not None:
         raise WeightsError(f"{reader.path}: rope scaling of sliding layers is not supported")
@@ -202,7 +212,7 @@ def _build(reader: _Settings, family: Any) -> ModelConfig:
         norm_eps=reader.number("rms_norm_eps"),
         rope_theta=theta,
         rope_scaling=scaling,
-        activation=_ACTIVATIONS[activation],
+        activation=activation,
         qkv_bias=family == "qwen2" or bias,
         o_bias=family != "qwen2" and bias,
         mlp_bias=family == "llama" and reader.flag("mlp_bias"),
@@ -217,8 +227,11 @@ def _sliding_layers(reader: _Settings, family: str, n_layers: int) -> tuple[bool
     if layer_types is None:
         if family != "gemma3":
             return ()
-        period = reader.values.get("_sliding_window_pattern", reader.values["sliding_window_pattern"])
-        return tuple((i + 1) % int(period) != 0 for i in range(n_layers))
+        name = next(n for n in ("_sliding_window_pattern", "sliding_window_pattern") if n in reader.values)
+        period = reader.whole(name)
+        return tuple((i + 1) % period != 0 for i in range(n_layers))
+    if not isinstance(layer_types, list):
+        raise WeightsError(f"{reader.path}: layer_types is {layer_types!r}; it must be a list")
     allowed = {"full_attention", "sliding_attention"} if family == "gemma3" else {"full_attention"}
     if other := sorted(set(map(str, layer_types)) - allowed):
         raise WeightsError(
@@ -232,25 +245,25 @@ def _rope(
 ) -> tuple[float, RopeScaling | None, float | None, RopeScaling | None]:
     """Base and scaling of global layers, then of sliding ones (None where there are none)."""
     values = reader.values
-    local = values.get("rope_local_base_freq")
+    local = reader.number("rope_local_base_freq") if family == "gemma3" else None
     new = values.get("rope_parameters")
     if new is None:
         scaling = _scaling(reader, values.get("rope_scaling"))
         return reader.number("rope_theta"), scaling, local, None
-    if not isinstance(new, dict):
-        raise WeightsError(f"{reader.path}: rope_parameters is {new!r}; it must be an object")
-    full = new.get("full_attention", new)
+    new = reader.group("rope_parameters", new)
+    full = reader.group("full_attention of rope_parameters", new.get("full_attention", new))
     theta = reader.positive("rope_theta", full.get("rope_theta", values["rope_theta"]))
     if family != "gemma3":
         return theta, _scaling(reader, full), None, None
-    slide = new.get("sliding_attention", {})
+    slide = reader.group("sliding_attention of rope_parameters", new.get("sliding_attention", {}))
     theta_sliding = reader.positive("rope_theta of sliding_attention", slide.get("rope_theta", local))
     return theta, _scaling(reader, full), theta_sliding, _scaling(reader, slide)
 
 
-def _scaling(reader: _Settings, rope: dict[str, Any] | None) -> RopeScaling | None:
+def _scaling(reader: _Settings, rope: Any) -> RopeScaling | None:
     if not rope:
         return None
+    rope = reader.group("rope_scaling", rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise WeightsError(

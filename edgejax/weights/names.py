@@ -35,6 +35,9 @@ HF_ARCHITECTURES = {
 HF_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 """Our family -> ``model_type`` of config.json."""
 
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
+"""Beyond these a configuration is damaged, and its names alone would fill the memory."""
+
 _LINEARS = {  # ours -> (Hugging Face, GGUF), after the layer prefix
     "q_proj": ("self_attn.q_proj", "attn_q"),
     "k_proj": ("self_attn.k_proj", "attn_k"),

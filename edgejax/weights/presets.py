@@ -1,6 +1,7 @@
 """Models known by name, and where each comes from."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from edgejax.core.cache import cache_dir
@@ -156,9 +157,13 @@ def resolve(name_or_path: str | Path) -> Path:
     preset = PRESETS.get(str(name_or_path))
     if preset is None:
         path = Path(name_or_path).expanduser()
-        if not path.exists():
+        if not os.path.exists(path):
             raise WeightsError(
                 f"{str(name_or_path)!r} is neither an existing path nor a preset; presets: {', '.join(PRESETS)}"
+            )
+        if not (path.is_file() or path.is_dir()):
+            raise WeightsError(
+                f"{path}: neither a file nor a folder; give a .gguf file or a Hugging Face folder"
             )
         return path
     if preset.hub_repo:

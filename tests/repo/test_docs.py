@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 SHELL, PYTHON = {"sh", "bash", "shell", "console"}, {"python", "py"}
 # Programs a reader has; their own arguments are their own business.
-OTHERS = {"git", "cd", "pip", "python3", ".ci/run", "export", "nvidia-smi", "cat", "ls"}
+OTHERS = {"git", "cd", "pip", "python3", ".ci/run", "export", "nvidia-smi", "cat", "ls", "pytest"}
 
 
 class Block(NamedTuple):

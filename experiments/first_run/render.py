@@ -1,0 +1,65 @@
+"""The README's numbers from a result file: ``python experiments/first_run/render.py`` writes them into README.md."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgejax.core.units import format_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
+
+
+def newest() -> Path:
+    """The result file that the README is made from."""
+    return max(RESULTS.glob("*.json"))
+
+
+def render(path: Path) -> str:
+    """The README's paragraph and table about a result file."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    results, device = record["results"], record["device"]
+    run = results["finetune"]
+    before, after = run["held_out_before"], run["held_out_after"]
+    relative = results["remat"]["tokens_per_s_median"] / results["no_remat"]["tokens_per_s_median"]
+    rows = "\n".join(
+        _row(name, results[key])
+        for name, key in (
+            ("all activations kept", "no_remat"),
+            ("recomputed (`--remat full`, the default)", "remat"),
+            ("the same, compile cache warm", "remat_warm"),
+        )
+    )
+    return f"""\
+Measured on {device["cpu"]}, {record["limits"]["cores_affinity"]} cores, \
+[{path.name}]({path.relative_to(ROOT).as_posix()}): {run["steps"]} steps take the held-out perplexity from \
+{before["perplexity"]:.2f} to {after["perplexity"]:.2f} in {run["seconds"]:.0f} s at \
+{run["tokens_per_s_median"]:.0f} tokens/s, evaluations and compiling included in the time; the process peaks at \
+{format_bytes(run["memory"]["peak_rss_bytes"])}. The step by itself (LoRA rank 8, 1 x 512 tokens, 4-bit base):
+
+| activations | tokens/s | of the float32 matmul peak | XLA temp | peak of the process | first step after |
+|---|---|---|---|---|---|
+{rows}
+
+Recomputing runs at {relative:.0%} of the speed of the first row. The matmul peak is measured in turns with the steps \
+of the same process; the machine is shared, so speeds are medians that vary by some ten percent from run to run."""
+
+
+def _row(name: str, found: dict[str, Any]) -> str:
+    return (
+        f"| {name} | {found['tokens_per_s_median']:.0f} | {found['fraction_of_matmul_peak']:.0%} | "
+        f"{format_bytes(found['xla_temp_bytes'])} | {format_bytes(found['peak_rss_bytes'])} | "
+        f"{found['first_step_s']:.1f} s |"
+    )
+
+
+def with_numbers(readme: str, numbers: str) -> str:
+    """The README with its numbers replaced."""
+    head, rest = readme.split(BEGIN, 1)
+    return f"{head}{BEGIN}\n{numbers}\n{END}{rest.split(END, 1)[1]}"
+
+
+if __name__ == "__main__":
+    target = ROOT / "README.md"
+    target.write_text(with_numbers(target.read_text(encoding="utf-8"), render(newest())), encoding="utf-8")
