@@ -87,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = "check the path, its permissions and the free space"
         return _fail(args.command, f"{place}: {reason}; {advice}", 2)
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):  # as XLA says it
+        if not (isinstance(error, MemoryError) or "out of memory" in str(error).lower()):  # as XLA says it
             raise
         reason = (str(error).splitlines() or ["MemoryError"])[0]
-        advice = "use fewer rows at a time, shorter rows, a lower rank, a smaller model, or --base int4"
+        advice = "use fewer or shorter rows, a lower rank, fewer tokens, a smaller model, or --base int4"
         return _fail(args.command, f"not enough memory: {reason}; {advice}", 2)
 
 

@@ -251,3 +251,6 @@ def _check_adapters(adapters: PyTree | None, lora: LoraConfig | None) -> None:
     given = set(adapters.get("blocks", {}))
     if given != set(lora.targets):
         raise ConfigError(f"the adapters are on {sorted(given)} and lora says {sorted(lora.targets)}")
+    ranks = {pair["lora_a"].shape[-2] for pair in adapters["blocks"].values()}
+    if ranks != {lora.rank}:
+        raise ConfigError(f"the adapters have rank {sorted(ranks)} and lora says {lora.rank}")

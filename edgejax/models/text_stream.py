@@ -30,6 +30,9 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._before = list(prompt[-CONTEXT:])
+        # Cut inside a character, its bytes would spoil those that follow: begin at a whole one.
+        while self._before and tokenizer.decode(self._before).startswith(REPLACEMENT):
+            self._before.pop(0)
         self._waiting: list[int] = []
 
     def push(self, token: int) -> str:

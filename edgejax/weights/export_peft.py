@@ -124,8 +124,8 @@ def load_peft(folder: str | os.PathLike, config: ModelConfig) -> tuple[PyTree, L
     tensors = _read_tensors(root / WEIGHTS_FILE)
     base = settings.get("base_model_name_or_path")
     wrong_base = (
-        f"it was trained on {base!r}, which is not this {config.family} model of {config.n_layers} layers: give "
-        "that one with --model"
+        f"it is damaged, or was not trained on this {config.family} model of {config.n_layers} layers but on another: "
+        f"give that one ({base!r}, as its {CONFIG_FILE} says) with --model"
     )
     keys = {_key(config, name, 0, side): (name, side) for name in LINEAR_NAMES for side in _SIDES}
     found: dict[tuple[str, str], dict[int, np.ndarray]] = {}

@@ -7,6 +7,7 @@ little-endian).
 """
 
 import dataclasses
+import math
 import os
 import struct
 from pathlib import Path
@@ -42,7 +43,7 @@ class GgufTensor:
 
     @property
     def n_rows(self) -> int:
-        return int(np.prod(self.shape[:-1], dtype=np.int64))
+        return math.prod(self.shape[:-1])  # of any size, for the file may be damaged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: holds a {type(value).__name__}, not a JSON object")

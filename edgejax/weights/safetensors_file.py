@@ -7,6 +7,7 @@ https://github.com/huggingface/safetensors#format (8 bytes length, JSON header, 
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import ml_dtypes
@@ -85,7 +86,7 @@ def open_safetensors(path: Path) -> dict[str, SafeTensor]:
             if name != "__metadata__"
         }
         ends = {name: 8 + header_bytes + int(header[name]["data_offsets"][1]) for name in tensors}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise WeightsError(f"{path}: damaged header ({error}); download the file again") from error
     for name, tensor in tensors.items():
         if ends[name] > file_bytes or tensor.offset < 8 + header_bytes:
@@ -94,7 +95,7 @@ def open_safetensors(path: Path) -> dict[str, SafeTensor]:
                 "download it again"
             )
         known = DTYPES.get(tensor.dtype_name)
-        n_bytes = int(np.prod(tensor.shape, dtype=np.int64)) * (known.itemsize if known else 0)
+        n_bytes = math.prod(tensor.shape) * (known.itemsize if known else 0)
         if known and (n_bytes != ends[name] - tensor.offset or not tensor.shape):
             raise WeightsError(
                 f"{path}: tensor {name!r} has {ends[name] - tensor.offset} bytes, its shape {tensor.shape} in "

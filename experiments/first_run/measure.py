@@ -30,12 +30,14 @@ STEP = [
     "512",
     "--base",
     "int4",
+    "--repeats",
+    "6",
 ]
 FINETUNE = ["--seq", "512", "--batch", "1", "--rank", "8", "--steps", "60", "--learning-rate", "5e-4"]
 BENCHES = {
     "no_remat": ["--remat", "none"],
     "remat": ["--remat", "full"],
-    "remat_fill_cache": ["--remat", "full", "--compile-cache", "--repeats", "1"],
+    "remat_fill_cache": ["--remat", "full", "--compile-cache"],
     "remat_warm": ["--remat", "full", "--compile-cache"],
 }
 

@@ -8,7 +8,9 @@ for any T, and the keys read beyond what the mask leaves are at most one bundle'
 from typing import NamedTuple
 
 QUERY_BLOCK = 128  # rows: large enough for full matmul speed, small enough that 4 blocks skip 37% at T = 512
-MAX_BUNDLES = 8
+MAX_BUNDLES = (
+    4  # XLA:CPU keeps the scores of all one-block bundles at once: 8 took 70 MB at T = 1024, 4 take 24
+)
 
 
 class Bundle(NamedTuple):

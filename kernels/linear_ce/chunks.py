@@ -41,7 +41,8 @@ def valid_rows_first(hidden, targets, mask):
     rows = jnp.pad(order, (0, pad))
     kept = jnp.pad(mask[order], (0, pad))
     n_chunks = (jnp.sum(mask, dtype=jnp.int32) + row_chunk - 1) // row_chunk
-    return hidden[rows].astype(jnp.float32), targets[rows], kept, order, row_chunk, n_chunks
+    wide = jnp.where(kept[:, None], hidden[rows].astype(jnp.float32), 0.0)  # 0 * inf would be NaN in dW
+    return wide, targets[rows], kept, order, row_chunk, n_chunks
 
 
 def rows_back(gradient, order, dtype):

@@ -93,6 +93,24 @@ def command(monkeypatch):
         (Interrupted("saved at step 7", 15), 143, "saved at step 7\n"),
         (Interrupted("saved at step 7", 2), 130, "saved at step 7\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt(15), 143, "interrupted by SIGTERM\n"),
+        (
+            PermissionError(13, "Permission denied", "/root/x"),
+            2,
+            "/root/x: Permission denied; check the path, its permissions and the free space\n",
+        ),
+        (
+            MemoryError("Unable to allocate 7 TiB"),
+            2,
+            "not enough memory: Unable to allocate 7 TiB; use fewer or shorter rows, a lower rank, fewer tokens, a "
+            "smaller model, or --base int4\n",
+        ),
+        (
+            RuntimeError("INTERNAL: Out of memory allocating 9 bytes.\nmore"),
+            2,
+            "not enough memory: INTERNAL: Out of memory allocating 9 bytes.; use fewer or shorter rows, a lower rank, "
+            "fewer tokens, a smaller model, or --base int4\n",
+        ),
     ],
 )
 def test_outcomes_become_exit_codes(command, outcome, code, message, capsys):
@@ -103,9 +121,10 @@ def test_outcomes_become_exit_codes(command, outcome, code, message, capsys):
     assert captured.out == ""
 
 
-def test_a_fault_of_ours_keeps_its_traceback(command):
-    command(ZeroDivisionError("a fault"))
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("fault", [ZeroDivisionError, RuntimeError])
+def test_a_fault_of_ours_keeps_its_traceback(command, fault):
+    command(fault("a fault"))
+    with pytest.raises(fault):
         program.main(["models"])
 
 

@@ -133,6 +133,11 @@ def test_a_name_that_is_neither_corpus_nor_file(tokenizer):
         load_documents("python_reference", tokenizer)
 
 
+def test_a_corpus_beside_files_is_refused(tokenizer):
+    with pytest.raises(DataError, match="python-reference comes along with edgejax and is used alone"):
+        load_documents(["python-reference", "a.txt"], tokenizer)
+
+
 def test_rows_longer_than_the_models_context():
     check_seq_length(2048, max_position=2048)
     check_seq_length(4096, max_position=2048, allow_long_context=True)
@@ -141,6 +146,8 @@ def test_rows_longer_than_the_models_context():
         check_seq_length(4096, max_position=2048)
     with pytest.raises(DataError, match="sequence length 1"):
         check_seq_length(1, max_position=2048)
+    with pytest.raises(DataError, match="at most 16777216 positions"):
+        check_seq_length(2**24 + 1, max_position=2048, allow_long_context=True)
 
 
 def test_the_length_is_checked_before_anything_is_read(tokenizer):

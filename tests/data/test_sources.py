@@ -101,6 +101,7 @@ FILES = {
     "blank.txt": (b" \n\t\n", "{path}: the file holds no text"),
     "empty.md": (b"", "{path}: the file holds no text"),
     "empty.jsonl": (b"\n\n", "{path}: the file holds no line"),
+    "binary.txt": (b"one\ntwo\0\n", "{path}:2: a zero byte, so this is no text but binary data"),
     "latin.txt": (b"one\ntwo\nthr\xe9e\n", "{path}:3: not UTF-8 (byte 0xe9"),
     "data.json": (b"{}", "{path}: not a kind of file that is read; rename it to one of .txt, .md, .jsonl"),
 }
@@ -129,6 +130,17 @@ def test_a_folder_with_nothing_to_read(tmp_path):
 def test_no_path_at_all():
     with pytest.raises(DataError, match="list of files is empty"):
         list(read_records([]))
+
+
+@pytest.mark.parametrize("paths", ["", ["a.txt", ""]])
+def test_an_empty_name_does_not_mean_the_current_folder(paths):
+    with pytest.raises(DataError, match="the name of a file is empty"):
+        list(read_records(paths))
+
+
+def test_a_name_longer_than_any_file_is_one_that_is_not_there():
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        list(read_records("x" * 300))
 
 
 def test_a_file_named_twice_would_count_double(tmp_path):

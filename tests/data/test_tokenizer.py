@@ -41,6 +41,12 @@ def test_special_tokens_in_text_are_read_or_taken_as_characters(tokenizer):
     assert tokenizer.decode([2], skip_special=False) == "<|im_end|>"
 
 
+@pytest.mark.parametrize("text", ["caf\udce9", "half \ud83d"])
+def test_text_that_is_no_utf8_is_a_data_error(tokenizer, text):
+    with pytest.raises(DataError, match=f"cannot be written as UTF-8 at character {len(text) - 1}"):
+        tokenizer.encode(text)
+
+
 def test_truncation_left_in_a_tokenizer_file_is_switched_off(make_tokenizer):
     source = make_tokenizer().backend
     source.enable_truncation(3)

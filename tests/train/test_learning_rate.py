@@ -50,7 +50,7 @@ def test_warmup_as_steps_or_share(warmup, steps, n):
     assert warmup_steps(warmup, steps) == n
 
 
-@pytest.mark.parametrize("warmup", [-1, 1.0, 1.5, True, float("nan"), 10, 12])
+@pytest.mark.parametrize("warmup", [-1, 1.0, 1.5, True, float("nan"), 10, 12, 10**400])
 def test_bad_warmup(warmup):
     with pytest.raises(ConfigError, match="warm"):
         warmup_steps(warmup, 10)

@@ -294,3 +294,13 @@ def test_metrics_are_json_without_nan(bench):
     bench.run()
     for line in (bench.folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
+
+
+def test_progress_that_nobody_reads_any_more_does_not_stop_a_run(bench):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+        flush = None
+
+    assert bench.run(progress=PlainProgress(10, stream=Gone(), every_s=0.0)).step == 10

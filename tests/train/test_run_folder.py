@@ -7,7 +7,7 @@ import os
 import pytest
 
 from edgejax.core.errors import ConfigError, RunError
-from edgejax.train import RunFolder, is_run_folder, read_config, write_json
+from edgejax.train import RunFolder, is_run_folder, read_config, run_folder, write_json
 
 pytestmark = pytest.mark.quick
 
@@ -111,6 +111,7 @@ def test_full_or_read_only_disk_is_found_before_training(path, monkeypatch, numb
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(RunError, match=f"{os.strerror(number)}. Nothing was trained"):
         RunFolder(path, config={})
+    assert [entry.name for entry in path.iterdir()] == [".lock"]
 
 
 def test_leftovers_of_a_crash_before_the_config_are_no_obstacle(path):
@@ -138,6 +139,26 @@ def test_folder_belongs_to_one_process_at_a_time(path):
     with RunFolder(path, config={}, overwrite=True), pytest.raises(RunError, match="another process"):
         RunFolder(path, config={}, overwrite=True)
     assert is_run_folder(path)
+
+
+def test_a_run_that_another_process_made_meanwhile_is_left_alone(path, monkeypatch):
+    real = run_folder._hold
+
+    def hold(folder):  # the other one is done between our look into the folder and our lock
+        monkeypatch.setattr(run_folder, "_hold", real)
+        make_run(folder, steps=3)
+        return real(folder)
+
+    monkeypatch.setattr(run_folder, "_hold", hold)
+    with pytest.raises(RunError, match="another process has just made a run"):
+        RunFolder(path, config={"steps": 4})
+    assert read_config(path)["steps"] == 3
+
+
+def test_a_name_that_checkpoints_could_not_be_written_under(tmp_path):
+    with pytest.raises(RunError, match=r"run\\udcff' is not UTF-8"):
+        RunFolder(tmp_path / "run\udcff", config={})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_written_json_is_the_old_or_the_new_one(tmp_path, monkeypatch):

@@ -59,6 +59,10 @@ def test_settings_are_frozen_and_the_callers_options_copied():
         ({"clip_norm": 0.0}, "clip_norm"),
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"seed": -1}, "seed"),
+        ({"steps": 2**31}, "below 2\\*\\*31, not 2147483648"),
+        ({"clip_norm": float("inf")}, "clip_norm .* not inf"),
+        ({"weight_decay": float("inf")}, "weight_decay .* not inf"),
+        ({"optimizer_options": {"eps": float("inf")}}, "JSON"),
         ({"remat": "some"}, "there are: none"),
     ],
 )

@@ -5,6 +5,8 @@ import contextlib
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from gguf import GGUFValueType as Kind
+from gguf.gguf_writer import GGUFValue
 from hypothesis import given
 from hypothesis import strategies as st
 from weight_files import gguf_tensors, tiny, write_gguf
@@ -151,3 +153,32 @@ def test_a_tokenizer_with_more_tokens_than_rows(tmp_path):
     config = tiny("llama", vocab_size=50)
     with pytest.raises(WeightsError, match="96 tokens, the embedding table 50 rows"):
         load(write_gguf(tmp_path / "m.gguf", config, gguf_tensors(config)))
+
+
+ODD = (
+    GGUFValue("x", Kind.STRING), GGUFValue(-1, Kind.INT32), GGUFValue(0, Kind.UINT32), GGUFValue(7, Kind.UINT32),
+    GGUFValue(2**63, Kind.UINT64), GGUFValue(float("nan"), Kind.FLOAT32), GGUFValue(True, Kind.BOOL),
+    GGUFValue([1, 2], Kind.ARRAY, Kind.INT32), GGUFValue([1.5] * 96, Kind.ARRAY, Kind.FLOAT32),
+    GGUFValue(["a b"], Kind.ARRAY, Kind.STRING),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_metadata_of_any_type_is_read_or_refused(family, tmp_path):
+    config = tiny(family)
+    tensors = gguf_tensors(config)
+    keys: list[str] = []
+    write_gguf(tmp_path / "m.gguf", config, tensors, extra=lambda w: keys.extend(w.kv_data[0]))
+    keys += [f"{family}.{key}" for key in ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")]
+    keys += ["tokenizer.ggml.padding_token_id", "tokenizer.ggml.add_bos_token", "general.alignment"]
+    refused = 0
+    for key in keys:
+        for value in ODD:
+            extra = lambda w, key=key, value=value: w.kv_data[0].update({key: value})  # noqa: E731
+            with contextlib.suppress(TypeError, ValueError):  # the writer itself needs a sensible alignment
+                write_gguf(tmp_path / "m.gguf", config, tensors, extra=extra)
+            refused += 1
+            with contextlib.suppress(WeightsError):
+                load(tmp_path / "m.gguf")
+                refused -= 1
+    assert refused > 2 * len(keys)

@@ -72,6 +72,9 @@ def adapter_folder(tmp_path):
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"r": 0}, "r = 0"),
         ({"r": 3}, "rank 3"),
+        ({"r": True}, "r = True"),
+        ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
+        ({"lora_alpha": 10**400}, "should be a positive integer and a finite number"),
     ],
 )
 def test_what_is_not_plain_lora_is_refused_by_name(adapter_folder, changes, words):
@@ -133,6 +136,20 @@ def test_no_space_left_leaves_nothing(tmp_path, monkeypatch):
         export_peft(adapters, lora, config, tmp_path / "a", base_name="b")
     with pytest.raises(RunError, match="no space left"):
         export_lora_gguf(adapters, lora, config, tmp_path / "a.gguf", base_name="b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_while_the_adapter_is_written(tmp_path):
+    """A limit on the size of files makes the kernel refuse the bytes after it, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    config, lora = CONFIGS["llama"], LORAS["all"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(RunError, match="no space left"):
+            export_peft(random_adapters(config, lora), lora, config, tmp_path / "a", base_name="b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 

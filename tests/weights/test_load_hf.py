@@ -1,5 +1,6 @@
 """Hugging Face folders: values, both spellings of the configuration, and everything that must be refused."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -251,3 +252,37 @@ def test_what_ends_a_text_is_collected_from_all_files(tmp_path):
     tokenizer = load(folder).tokenizer
     assert tokenizer.stop_ids == (0, 2)
     assert tokenizer.render_chat([], False) == "<eos>"
+
+
+ODD = (
+    "x", "", [1], [], {}, {"a": 1}, {"rope_type": "linear"}, {"content": [1]}, [{"name": "default", "template": 3}],
+    -1, 0, 3, 10**30, 10**400, True, 1.5, float("nan"), None,
+)  # fmt: skip
+NAMES = {
+    "config.json": (
+        "architectures", "model_type", "rope_scaling", "rope_parameters", "layer_types", "eos_token_id",
+        "bos_token_id", "hidden_act", "attention_bias", "text_config", "sliding_window_pattern", "rope_local_base_freq",
+        "hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
+        "tie_word_embeddings", "max_position_embeddings", "query_pre_attn_scalar",
+    ),
+    "tokenizer_config.json": ("bos_token", "eos_token", "pad_token", "add_bos_token", "chat_template"),
+    "generation_config.json": ("eos_token_id",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", NAMES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_values_of_any_type_are_read_or_refused(family, file, tmp_path):
+    """A setting of a type nobody writes is no reason for another error than ``WeightsError``."""
+    config = tiny(family)
+    folder = write_hf(tmp_path / "m", hf_settings(config), hf_tensors(config))
+    settings = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    refused = 0
+    for name in NAMES[file]:
+        for value in ODD:
+            (folder / file).write_text(json.dumps(settings | {name: value}))
+            refused += 1
+            with contextlib.suppress(WeightsError):
+                load(folder)
+                refused -= 1
+    assert refused > len(NAMES[file])

@@ -87,6 +87,7 @@ def test_the_same_tokens_as_transformers(model, path):
 def theirs(path):
     """The model of the same file as transformers reads it (its own code all the way), float32."""
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    torch.set_num_threads(1)  # as in helpers/oracle.py
     made = transformers.AutoModelForCausalLM.from_pretrained(
         str(path.parent), gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     )
