@@ -121,8 +121,7 @@ def _as_run_error(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # numpy's tofile, which writes GGUF tensors, reports a full disk as a short write without a number.
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise RunError(
                 f"no space left while writing {target}; nothing was kept of it. Free some space or write elsewhere"
             ) from error

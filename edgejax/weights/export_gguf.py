@@ -22,6 +22,7 @@ from edgejax.weights.atomic import new_file
 from edgejax.weights.export_gguf_config import add_config, rope_divisors
 from edgejax.weights.export_gguf_tokenizer import add_fields, copied_fields, made_fields, read_fields
 from edgejax.weights.gguf_file import open_gguf
+from edgejax.weights.gguf_write import file_array
 from edgejax.weights.merge import MergedTensor, merged_tensors, tensor_layout
 from edgejax.weights.names import GGUF_ARCHITECTURES, LeafName, interleave_rows
 
@@ -99,9 +100,9 @@ def export_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             if divisors is not None:
-                writer.write_tensor_data(divisors)
+                writer.write_tensor_data(file_array(divisors))
             for tensor in merged_tensors(config, params, adapters, lora):
-                writer.write_tensor_data(_encoded(tensor, weight_type))
+                writer.write_tensor_data(file_array(_encoded(tensor, weight_type)))
         finally:
             writer.close()
     return Path(out)

@@ -18,6 +18,7 @@ from edgejax.models.config import LINEAR_NAMES, ModelConfig
 from edgejax.models.lora import LoraConfig
 from edgejax.weights.atomic import new_file
 from edgejax.weights.gguf_file import GgufFile, GgufTensor, open_gguf
+from edgejax.weights.gguf_write import file_array
 from edgejax.weights.merge import check_adapters
 from edgejax.weights.names import GGUF_ARCHITECTURES, LeafName, deinterleave_rows, interleave_rows, leaf_names
 
@@ -149,4 +150,4 @@ def _add_pair(writer: gguf.GGUFWriter, leaf: LeafName, layer: int, pair: dict) -
             )
         if side == "lora_b" and leaf.gguf_interleaved_heads:
             values = values[interleave_rows(leaf.shape[0], leaf.gguf_interleaved_heads)]
-        writer.add_tensor(f"{leaf.gguf_name(layer)}.{side}", np.ascontiguousarray(values))
+        writer.add_tensor(f"{leaf.gguf_name(layer)}.{side}", file_array(values))

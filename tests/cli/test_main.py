@@ -95,9 +95,9 @@ def command(monkeypatch):
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (KeyboardInterrupt(15), 143, "interrupted by SIGTERM\n"),
         (
-            PermissionError(13, "Permission denied", "/root/x"),
+            PermissionError(13, "Permission denied", "/srv/x"),
             2,
-            "/root/x: Permission denied; check the path, its permissions and the free space\n",
+            "/srv/x: Permission denied; check the path, its permissions and the free space\n",
         ),
         (
             MemoryError("Unable to allocate 7 TiB"),
