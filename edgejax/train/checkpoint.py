@@ -25,6 +25,7 @@ from edgejax.core.errors import RunError
 from edgejax.core.host import disk_free_bytes, package_versions
 from edgejax.core.trees import tree_bytes, tree_paths
 from edgejax.core.units import format_bytes
+from edgejax.train.orbax_quiet import quiet_orbax
 
 _DELETED = "deleted"  # Orbax renames old steps into it, so that none is ever listed half deleted
 # What Orbax, TensorStore and the JSON reader raise for files that are missing, cut short or altered.
@@ -109,13 +110,14 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             manager = self._open()
-            manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
-                ),
-            )
-            manager.wait_until_finished()
+            with quiet_orbax():
+                manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
+                    ),
+                )
+                manager.wait_until_finished()
             for folder in (self.folder, self.folder.parent):
                 _fsync_folder(folder)
         except _UNREADABLE as error:
@@ -146,7 +148,8 @@ class Checkpoints:
         reasons = []
         for step in reversed(self.steps()):
             try:
-                state, record = self._read(step, template)
+                with quiet_orbax():
+                    state, record = self._read(step, template)
             except _Foreign as error:
                 raise RunError(str(error)) from None
             except _UNREADABLE as error:
@@ -273,8 +276,10 @@ def _record_sha256(record: dict[str, Any]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+    line = (str(error).strip().splitlines() or [""])[0]
+    if len(line) > 300:  # what the system said stands at the end
+        line = f"{line[:100]} ... {line[-200:]}"
+    return f"{type(error).__name__}: {line}"
 
 
 def _fsync_folder(folder: Path) -> None:

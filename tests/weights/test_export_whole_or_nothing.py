@@ -14,7 +14,9 @@ from edgejax.quant import quantize_int4
 from edgejax.weights import merge
 from edgejax.weights.atomic import new_file, new_folder
 from edgejax.weights.export_gguf import export_gguf
+from edgejax.weights.export_lora_gguf import export_lora_gguf
 from edgejax.weights.export_merged import export_merged
+from edgejax.weights.export_peft import export_peft
 
 pytestmark = pytest.mark.quick
 
@@ -87,20 +89,34 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("export", [export_merged, export_gguf])
-def test_a_write_that_stops_in_the_middle_leaves_nothing(export, tmp_path):
+def _write(kind: str, out) -> None:
+    config, lora = CONFIGS["llama"], LORAS["all"]
+    if kind == "peft":
+        export_peft(random_adapters(config, lora), lora, config, out, base_name="b")
+    elif kind == "lora-gguf":
+        export_lora_gguf(random_adapters(config, lora), lora, config, out, base_name="b")
+    elif kind == "merged":
+        export_merged(random_params(config), config, out)
+    else:
+        export_gguf(random_params(config), config, out, name="m", tokenizer=byte_level_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["peft", "lora-gguf", "merged", "gguf"])
+def test_a_write_that_stops_anywhere_is_noticed_and_leaves_nothing(kind, tmp_path):
     """A limit on the size of files makes the kernel refuse the bytes after it, as a full disk does."""
     resource = pytest.importorskip("resource")
-    config = CONFIGS["llama"]
-    extra = {"name": "m", "tokenizer": byte_level_tokenizer()} if export is export_gguf else {}
+    whole = tmp_path / "whole"
+    _write(kind, whole)
+    n_bytes = max(p.stat().st_size for p in (whole, *whole.rglob("*")) if p.is_file())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(RunError, match="no space left"):
-            export(random_params(config), config, tmp_path / "m", **extra)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == []
+    for limit in (*range(n_bytes // 7, n_bytes, n_bytes // 7), n_bytes - 32):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(RunError, match="no space left"):
+                _write(kind, tmp_path / "m")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [p.name for p in tmp_path.iterdir()] == ["whole"]
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path):

@@ -1,0 +1,55 @@
+"""Only Orbax's own reports of a failure are dropped, and only around a save or a restore."""
+
+import logging
+import sys
+import types
+
+import pytest
+
+from edgejax.train.orbax_quiet import _not_of_orbax, quiet_orbax
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture
+def reported(caplog, monkeypatch):
+    """Makes one report of each kind and returns the texts that came through."""
+    hooked: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: hooked.append(str(unraisable.exc_value)))
+
+    def report() -> list[str]:
+        caplog.clear()
+        hooked.clear()
+        logger = logging.getLogger("asyncio")
+        logger.error("a task of orbax failed")
+        logger.error("a task of mine failed")
+        logger.warning("orbax is slow")
+        code = compile("raise ValueError('planted')", "/site-packages/orbax/checkpoint/x.py", "exec")
+        try:
+            exec(code)
+        except ValueError:
+            logger.error("Task exception was never retrieved", exc_info=True)
+        for text in ("Event loop is closed", "mine"):
+            sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+        return [*caplog.messages, *hooked]
+
+    yield report
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).removeFilter(_not_of_orbax)
+
+
+QUIET = ["a task of mine failed", "orbax is slow", "mine"]
+
+
+def test_inside_the_block_and_nowhere_else(reported):
+    everything = reported()
+    with quiet_orbax():
+        assert reported() == QUIET
+    assert reported() == everything
+    assert len(everything) == 6
+
+
+def test_after_a_failure_the_late_reports_are_dropped_too(reported):
+    with pytest.raises(OSError, match="full"), quiet_orbax():
+        raise OSError("full")
+    assert reported() == QUIET
