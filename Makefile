@@ -6,8 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 DATA ?= python-reference
-STEPS ?= 60
-FINETUNE_FLAGS ?= --seq 512 --batch 1 --rank 8 --steps $(STEPS) --learning-rate 5e-4 --eval-every 30
+STEPS ?= 32
+FINETUNE_FLAGS ?= --seq 512 --batch 1 --rank 8 --steps $(STEPS) --learning-rate 5e-4
 PYTEST_FLAGS ?= -n 2
 
 .PHONY: finetune test lint doctor clean

@@ -30,10 +30,8 @@ STEP = [
     "512",
     "--base",
     "int4",
-    "--repeats",
-    "6",
 ]
-FINETUNE = ["--seq", "512", "--batch", "1", "--rank", "8", "--steps", "60", "--learning-rate", "5e-4"]
+FINETUNE = ["--seq", "512", "--batch", "1", "--rank", "8", "--steps", "32", "--learning-rate", "5e-4"]
 BENCHES = {
     "no_remat": ["--remat", "none"],
     "remat": ["--remat", "full"],
