@@ -53,7 +53,7 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
     import jax
 
     from edgejax.cli.bench_inputs import open_inputs
-    from edgejax.core.allocator import release_freed_memory, return_large_blocks_at_once
+    from edgejax.core.allocator import keep_scratch, release_freed_memory, return_large_blocks_at_once
     from edgejax.core.cache import enable_compile_cache, forget_traces
     from edgejax.measure.matmul_peak import SustainedPeak, measure_matmul_peak
     from edgejax.measure.memory import AnonymousPeak, memory_report, process_memory, xla_memory
@@ -95,6 +95,7 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
         frozen, state = start(params)
         del params
         release_freed_memory()
+        keep_scratch()
         after_load = process_memory()
         sources = memory_report(
             frozen=frozen,
@@ -172,19 +173,13 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
 
 def _in_turns(step: Callable[[], None], meter: "SustainedPeak", repeats: int) -> "tuple[Timing, list[float]]":
     """Steps and the peak by turns: each step is compared with the mean of the peaks before and after it."""
-    from edgejax.core.allocator import release_freed_memory
     from edgejax.measure.timing import joined, sample
 
-    def peak() -> float:
-        rate = meter.gflop_per_s(PEAK_SECONDS)
-        release_freed_memory()
-        return rate
-
     step()  # caches hold the model again
-    timings, peaks = [], [peak()]
+    timings, peaks = [], [meter.gflop_per_s(PEAK_SECONDS)]
     for _ in range(repeats):
         timings.append(sample(step, warmup=0, repeats=1))
-        peaks.append(peak())
+        peaks.append(meter.gflop_per_s(PEAK_SECONDS))
     return joined(timings), [(before + after) / 2 for before, after in itertools.pairwise(peaks)]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from edgejax.core.allocator import release_freed_memory
+from edgejax.core.allocator import keep_scratch, release_freed_memory
 from edgejax.core.arrays import PyTree
 from edgejax.core.cache import forget_traces
 from edgejax.core.errors import Interrupted, RunError
@@ -194,6 +194,7 @@ def _compile(
     forget_traces()
     loaded = model.load()
     release_freed_memory()
+    keep_scratch()
     if not programs.fit(loaded.params):  # scales that float16 cannot hold
         programs = compile_programs(loaded.config, loaded.params, settings, lora, train.seq_length)
     return programs, loaded

@@ -38,6 +38,7 @@ def test_does_nothing_without_glibc(monkeypatch):
     monkeypatch.setattr(allocator, "_c_function", lambda name: None)
     assert allocator.release_freed_memory() is False
     assert allocator.return_large_blocks_at_once() is False
+    assert allocator.keep_scratch() is False
 
 
 BLOCK_PROGRAM = """
@@ -68,3 +69,31 @@ def test_large_blocks_are_returned_when_they_are_freed():
 
     assert returned("set") > 50 * MIB
     assert returned("unset") < 10 * MIB
+
+
+SCRATCH_PROGRAM = """
+import ctypes, resource, sys
+from edgejax.core.allocator import keep_scratch, return_large_blocks_at_once
+assert return_large_blocks_at_once()
+if sys.argv[1] == "keep":
+    assert keep_scratch()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    block = libc.malloc(4 << 20)
+    ctypes.memset(block, 1, 4 << 20)
+    libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.quick
+@pytest.mark.skipif(allocator._c_function("mallopt") is None, reason="needs glibc")
+def test_scratch_is_paged_in_once_when_it_is_kept():
+    def page_faults(mode: str) -> int:
+        program = [sys.executable, "-c", SCRATCH_PROGRAM, mode]
+        return int(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+
+    assert page_faults("keep") < 2 * 1024  # 4 MiB are 1024 pages
+    assert page_faults("return") > 15 * 1024
