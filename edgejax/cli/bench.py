@@ -8,6 +8,7 @@ found, and with ``--json`` ends with one line of JSON. Numbers count only from a
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from edgejax.cli.bench_settings import SCHEDULES, BenchSettings
 from edgejax.cli.options import add_model_arguments
+from edgejax.core.allocator import huge_pages_environment
 from edgejax.core.errors import RunError
 from edgejax.core.units import format_bytes, format_seconds
 
@@ -116,6 +118,7 @@ def measure_in_child(settings: BenchSettings) -> tuple[int, dict[str, Any] | Non
         stdout=subprocess.PIPE,
         text=True,
         check=False,
+        env=huge_pages_environment(os.environ),
     )
     if done.returncode < 0:
         hint = "; the system may have run out of memory" if done.returncode == -9 else ""

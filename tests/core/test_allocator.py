@@ -1,5 +1,6 @@
 """Freed small pieces go back to the system."""
 
+import os
 import subprocess
 import sys
 
@@ -81,8 +82,8 @@ libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
-    block = libc.malloc(4 << 20)
-    ctypes.memset(block, 1, 4 << 20)
+    block = libc.malloc(3 << 19)
+    ctypes.memset(block, 1, 3 << 19)
     libc.free(block)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -95,5 +96,53 @@ def test_scratch_is_paged_in_once_when_it_is_kept():
         program = [sys.executable, "-c", SCRATCH_PROGRAM, mode]
         return int(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
 
-    assert page_faults("keep") < 2 * 1024  # 4 MiB are 1024 pages
-    assert page_faults("return") > 15 * 1024
+    assert page_faults("keep") < 2 * 384  # 1.5 MiB are 384 pages
+    assert page_faults("return") > 15 * 384
+
+
+@pytest.mark.quick
+def test_huge_pages_are_asked_for_where_that_changes_something(monkeypatch, tmp_path):
+    setting = tmp_path / "enabled"
+    monkeypatch.setattr(allocator, "_HUGE_PAGES_SETTING", setting)
+    monkeypatch.setattr(allocator, "_glibc_version", lambda: (2, 36))
+    asked = allocator.huge_pages_environment
+    assert asked({}) is None  # the system has no such setting
+    setting.write_text("always [madvise] never\n")
+    assert asked({"HOME": "/"}) == {"HOME": "/", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    both = asked({"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"})
+    assert both == {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"}
+    assert asked(both) is None
+    for value in ("[always] madvise never", "always madvise [never]"):
+        setting.write_text(value)
+        assert asked({}) is None
+    setting.write_text("always [madvise] never")
+    monkeypatch.setattr(allocator, "_glibc_version", lambda: ())
+    assert asked({}) is None
+
+
+HUGE_PROGRAM = """
+import ctypes, resource
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+block = libc.malloc(64 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+ctypes.memset(block, 1, 64 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.quick
+@pytest.mark.skipif(
+    allocator.huge_pages_environment({}) is None, reason="huge pages cannot be asked for here"
+)
+def test_large_blocks_get_huge_pages():
+    def page_faults(environment) -> int:
+        program = [sys.executable, "-c", HUGE_PROGRAM]
+        return int(
+            subprocess.run(program, capture_output=True, text=True, check=True, env=environment).stdout
+        )
+
+    plain = dict(os.environ, GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
+    asked = allocator.huge_pages_environment({**plain, "GLIBC_TUNABLES": ""})
+    assert page_faults(plain) > 16_000  # 64 MiB in pages of 4 KiB
+    assert page_faults(asked) < 2_000
