@@ -132,9 +132,9 @@ def test_the_hub_without_its_package(monkeypatch):
 
 
 def test_the_hub_without_a_network(tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"Qwen/Qwen3-0.6B: cannot be downloaded.*local path"):
         resolve("qwen3-0.6b")
 
