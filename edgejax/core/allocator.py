@@ -10,7 +10,7 @@ from pathlib import Path
 _MIB = 1 << 20
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # M_... of malloc.h
 _BLOCK_BYTES = 2 * _MIB  # while training, blocks from this size on go back when they are freed
-_KEPT_BYTES = 16 * _MIB  # and free memory beyond this at the top of the heap
+_KEPT_BYTES = 8 * _MIB  # and free memory beyond this at the top of the heap
 _HUGE_PAGES = "glibc.malloc.hugetlb"  # of GLIBC_TUNABLES, since glibc 2.35
 _HUGE_PAGES_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _returns_at_once = False  # by a call of this process; a library must not set what a program did not ask for
@@ -61,9 +61,9 @@ def keep_scratch() -> bool:
     """After ``return_large_blocks_at_once``, keep smaller blocks and some MiB of free memory; for the steps themselves.
 
     A step frees and takes the scratch of its matrix products hundreds of times. Given back each time, it is paged in
-    each time (measured for a SmolLM2-135M LoRA step at T = 512 without remat: 99 thousand page faults a step with
-    this, 120 to 240 thousand without; 0.3 against 0.5 to 0.9 s of system time in 6). Nothing happens where the other
-    was not called.
+    each time (measured for a SmolLM2-135M LoRA step at T = 512 without remat, in pages of 4 KiB: 121 thousand page
+    faults a step with this, 151 to 241 thousand without; 0.37 against 0.5 to 0.9 s of system time in 6). Nothing
+    happens where the other was not called.
 
     Returns:
       Whether settings were changed.
@@ -83,8 +83,8 @@ def huge_pages_environment(environment: Mapping[str, str]) -> dict[str, str] | N
     """An environment for a new process, in which glibc asks for huge pages for large blocks.
 
     XLA takes the temporary memory of a step in one block and gives it back at its end. In pages of 4 KiB that is a
-    page fault for each of them (measured for a SmolLM2-135M LoRA step without remat: 99 thousand a step against 900,
-    0.34 against 0.12 s of system time in 6). glibc reads this setting once, when a process
+    page fault for each of them (measured for a SmolLM2-135M LoRA step without remat: 121 thousand a step against 11 thousand,
+    0.37 against 0.21 s of system time in 6). glibc reads this setting once, when a process
     starts (GNU C library manual, "Memory Allocation Tunables").
 
     Returns:
