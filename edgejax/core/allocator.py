@@ -83,9 +83,9 @@ def huge_pages_environment(environment: Mapping[str, str]) -> dict[str, str] | N
     """An environment for a new process, in which glibc asks for huge pages for large blocks.
 
     XLA takes the temporary memory of a step in one block and gives it back at its end. In pages of 4 KiB that is a
-    page fault for each of them (measured for a SmolLM2-135M LoRA step without remat: 121 thousand a step against 11 thousand,
-    0.37 against 0.21 s of system time in 6). glibc reads this setting once, when a process
-    starts (GNU C library manual, "Memory Allocation Tunables").
+    page fault for each of them (measured for a SmolLM2-135M LoRA step without remat: 121 thousand a step against 11
+    thousand, 0.37 against 0.21 s of system time in 6). glibc reads this setting once, when a process starts (GNU C
+    library manual, "Memory Allocation Tunables").
 
     Returns:
       ``environment`` with the setting added; None where it would change nothing (not Linux, another or an older C

@@ -48,7 +48,7 @@ of the same process; the machine is shared, so speeds are medians that vary by s
 
 def _row(name: str, found: dict[str, Any]) -> str:
     return (
-        f"| {name} | {found['tokens_per_s_median']:.0f} | {found['fraction_of_matmul_peak']:.0%} | "
+        f"| {name} | {found['tokens_per_s_median']:.0f} | {found['fraction_of_matmul_peak']:.1%} | "
         f"{format_bytes(found['xla_temp_bytes'])} | {format_bytes(found['peak_rss_bytes'])} | "
         f"{found['first_step_s']:.1f} s |"
     )

@@ -143,3 +143,38 @@ def test_a_reader_that_goes_away_is_no_error():
         child.stdout.close()
         assert child.stderr.read() == b""
         assert child.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "expected"),
+    [
+        ("finetune", {"SET": "1"}, True),
+        ("finetune", None, False),  # it is set already, or would change nothing
+        ("generate", {"SET": "1"}, False),
+    ],
+)
+def test_training_restarts_itself_for_huge_pages(command, environment, expected, monkeypatch):
+    calls = []
+    monkeypatch.setattr(program, "huge_pages_environment", lambda current: environment)
+    monkeypatch.setattr(program.os, "execve", lambda *call: calls.append(call))
+    monkeypatch.setattr(sys, "argv", ["edgejax", command, "--seq", "8"])
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "edgejax", command, "--seq", "8"])
+    program._restart_with_huge_pages()
+    whole = [sys.executable, "-m", "edgejax", command, "--seq", "8"]
+    assert calls == ([(sys.executable, whole, environment)] if expected else [])
+
+
+def test_a_restart_that_the_system_refuses_is_no_error(monkeypatch):
+    def refuse(*call):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(program, "huge_pages_environment", lambda current: {"SET": "1"})
+    monkeypatch.setattr(program.os, "execve", refuse)
+    monkeypatch.setattr(sys, "argv", ["edgejax", "finetune"])
+    program._restart_with_huge_pages()
+
+
+def test_a_restarted_program_runs_as_it_was_called():
+    done = run_python("-m", "edgejax", "finetune", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: edgejax finetune")

@@ -1,4 +1,4 @@
-"""Freed small pieces go back to the system."""
+"""What is freed goes back to the system, or stays, as it was asked for; large blocks get huge pages."""
 
 import os
 import subprocess
@@ -27,11 +27,17 @@ print(before - process_memory().anonymous_bytes)
 """
 
 
+def printed_by(program: str, *arguments: str, environment=None) -> int:
+    """The number that a process of its own prints."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(done.stdout)
+
+
 @pytest.mark.quick
 @pytest.mark.skipif(allocator._c_function("malloc_trim") is None, reason="needs glibc")
 def test_freed_pieces_are_returned():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 80 * MIB
+    assert printed_by(PROGRAM) > 80 * MIB
 
 
 @pytest.mark.quick
@@ -64,12 +70,8 @@ print(before - process_memory().anonymous_bytes)
 @pytest.mark.quick
 @pytest.mark.skipif(allocator._c_function("mallopt") is None, reason="needs glibc")
 def test_large_blocks_are_returned_when_they_are_freed():
-    def returned(mode: str) -> int:
-        program = [sys.executable, "-c", BLOCK_PROGRAM, mode]
-        return int(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
-
-    assert returned("set") > 50 * MIB
-    assert returned("unset") < 10 * MIB
+    assert printed_by(BLOCK_PROGRAM, "set") > 50 * MIB
+    assert printed_by(BLOCK_PROGRAM, "unset") < 10 * MIB
 
 
 SCRATCH_PROGRAM = """
@@ -92,12 +94,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.quick
 @pytest.mark.skipif(allocator._c_function("mallopt") is None, reason="needs glibc")
 def test_scratch_is_paged_in_once_when_it_is_kept():
-    def page_faults(mode: str) -> int:
-        program = [sys.executable, "-c", SCRATCH_PROGRAM, mode]
-        return int(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
-
-    assert page_faults("keep") < 2 * 384  # 1.5 MiB are 384 pages
-    assert page_faults("return") > 15 * 384
+    assert printed_by(SCRATCH_PROGRAM, "keep") < 2 * 384  # 1.5 MiB are 384 pages
+    assert printed_by(SCRATCH_PROGRAM, "return") > 15 * 384
 
 
 @pytest.mark.quick
@@ -136,13 +134,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     allocator.huge_pages_environment({}) is None, reason="huge pages cannot be asked for here"
 )
 def test_large_blocks_get_huge_pages():
-    def page_faults(environment) -> int:
-        program = [sys.executable, "-c", HUGE_PROGRAM]
-        return int(
-            subprocess.run(program, capture_output=True, text=True, check=True, env=environment).stdout
-        )
-
     plain = dict(os.environ, GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
     asked = allocator.huge_pages_environment({**plain, "GLIBC_TUNABLES": ""})
-    assert page_faults(plain) > 16_000  # 64 MiB in pages of 4 KiB
-    assert page_faults(asked) < 2_000
+    assert printed_by(HUGE_PROGRAM, environment=plain) > 16_000  # 64 MiB in pages of 4 KiB
+    assert printed_by(HUGE_PROGRAM, environment=asked) < 2_000
