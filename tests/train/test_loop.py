@@ -292,7 +292,9 @@ def test_plain_progress_shows_first_last_and_evaluations(tmp_path, capsys):
 
 def test_metrics_are_json_without_nan(bench):
     bench.run()
-    for line in (bench.folder / "metrics.jsonl").read_text().splitlines():
+    lines = (bench.folder / "metrics.jsonl").read_text().splitlines()
+    assert lines
+    for line in lines:
         json.loads(line, parse_constant=pytest.fail)
 
 
