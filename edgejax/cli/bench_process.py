@@ -61,8 +61,7 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
     from edgejax.measure.timing import process_age_s
     from edgejax.models import Decoder, LoraConfig
     from edgejax.train.optimizers import make_optimizer
-    from edgejax.train.programs import abstract, trainable_and_frozen
-    from edgejax.train.state import init_state
+    from edgejax.train.programs import abstract, start_run
     from edgejax.train.whole import make_train_step
 
     return_large_blocks_at_once()
@@ -76,8 +75,7 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
     step_fn: Any = make_train_step(decoder, optimizer, mode=settings.mode, remat=settings.remat)  # type: ignore[arg-type]
 
     def start(params):
-        frozen, trainable = trainable_and_frozen(inputs.config, params, lora, settings.seed)
-        return frozen, init_state(trainable, optimizer._replace(init=jax.jit(optimizer.init)))
+        return start_run(inputs.config, params, lora, optimizer, settings.seed)
 
     def compile_for(params):
         frozen, state = jax.eval_shape(start, params)

@@ -81,9 +81,7 @@ def compile_programs(
     )
 
     def start(params: PyTree) -> tuple[PyTree, TrainState]:
-        frozen, trainable = trainable_and_frozen(config, params, lora, settings.seed)
-        # One program each: leaf by leaf they would be dozens, each with its own compiling.
-        return frozen, init_state(trainable, optimizer._replace(init=jax.jit(optimizer.init)))
+        return start_run(config, params, lora, optimizer, settings.seed)
 
     shapes = abstract(params)
     frozen, state = jax.eval_shape(start, shapes)
@@ -98,17 +96,32 @@ def compile_programs(
     return Programs(mode, schedule, start, *compiled, shapes)
 
 
-def trainable_and_frozen(
-    config: ModelConfig, params: PyTree, lora: LoraConfig | None, seed: int
-) -> tuple[PyTree, PyTree]:
-    """``(frozen, trainable)`` of a run. Trained leaves are never the model's own buffers, for the step donates them."""
+def start_run(
+    config: ModelConfig,
+    params: PyTree,
+    lora: LoraConfig | None,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+) -> tuple[PyTree, TrainState]:
+    """``(frozen, state)`` before the first step. Trained leaves are never the model's own buffers: the step donates.
+
+    One program makes it all: the code of each small program stays in memory, some megabytes of it.
+    """
+
+    def from_adapters(key: jax.Array) -> TrainState:
+        return init_state(init_lora(config, lora, key), optimizer)  # type: ignore[arg-type]
+
+    def from_params(params: PyTree) -> TrainState:
+        wide = jax.tree.map(_wide_copy, params, is_leaf=is_quantized)
+        return init_state(wide, optimizer)
+
     if lora is not None:
-        return params, jax.jit(init_lora, static_argnums=(0, 1))(config, lora, jax.random.key(seed))
+        return params, jax.jit(from_adapters)(jax.random.key(seed))
+    return {}, jax.jit(from_params)(params)
 
-    def wide(leaf: Any) -> jax.Array:
-        return jnp.array(dequantize(leaf), jnp.float32, copy=True)
 
-    return {}, jax.tree.map(wide, params, is_leaf=is_quantized)
+def _wide_copy(leaf: Any) -> jax.Array:
+    return jnp.array(dequantize(leaf), jnp.float32, copy=True)
 
 
 def abstract(tree: PyTree) -> PyTree:
