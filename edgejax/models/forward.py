@@ -6,8 +6,8 @@ from jaxtyping import Float, Int
 
 from edgejax.core.arrays import Array, ArrayLike, PyTree
 from edgejax.data.batch import Batch
+from edgejax.memory.remat import rematerialize
 from edgejax.models.decoder import Decoder
-from edgejax.models.remat import rematerialize
 from edgejax.quant import dequantize
 
 
@@ -52,7 +52,7 @@ def loss(
       adapters: LoRA adapters or an empty dict.
       batch: packed rows.
       frozen_head: False where the head (or the tied embedding) is trained.
-      remat: what a layer keeps for the backward pass: see ``models.remat``.
+      remat: what a layer keeps for the backward pass: see ``memory.remat``.
     """
     h = hidden_states(
         decoder, params, adapters, batch.tokens, batch.positions, batch.segment_ids, remat=remat

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgejax.core.errors import ConfigError
-from edgejax.models.remat import KEPT_VALUES
+from edgejax.memory.remat import KEPT_VALUES
 from edgejax.train.learning_rate import SCHEDULES, warmup_steps
 from edgejax.train.optimizers import make_optimizer
 
@@ -41,7 +41,7 @@ class TrainSettings:
     final_rate_fraction: float = 0.0  # learning rate at the end as a share of the peak
     weight_decay: float = 0.0  # decoupled; norm scales and biases are left out
     clip_norm: float | None = 1.0  # largest global gradient norm; None does not clip
-    remat: str = "full"  # what a layer keeps for the backward pass: a policy of models.remat
+    remat: str = "full"  # what a layer keeps for the backward pass: a policy of memory.remat
     seed: int = 0  # of the adapters' start and the order of rows
     log_every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int | None = None  # steps between held-out evaluations; None: before and after only

@@ -33,7 +33,7 @@ def make_train_step(
       optimizer: any optax transformation over the trainable tree.
       mode: ``lora``: ``trainable`` are the adapters and ``frozen`` the base parameters; ``full``: ``trainable``
         are all parameters (float32) and ``frozen`` is ``{}``.
-      remat: what a layer keeps for its backward pass (``models.remat``).
+      remat: what a layer keeps for its backward pass (``memory.remat``).
 
     Returns:
       The step. Its ``batch`` has leaves ``[A, B, T]``; its metrics are ``loss`` (float32, mean over counted

@@ -14,9 +14,11 @@ MAY_IMPORT = {
     "measure": LOW,
     "kernels": LOW | {"quant"},
     "losses": LOW | {"quant", "kernels", "data"},
-    "models": LOW | {"quant", "kernels", "losses", "data"},
+    "optim": LOW | {"quant"},
+    "memory": LOW | {"quant", "kernels"},
+    "models": LOW | {"quant", "kernels", "losses", "data", "memory"},
     "weights": LOW | {"quant", "data", "models"},
-    "train": LOW | {"quant", "kernels", "losses", "data", "models", "measure"},
+    "train": LOW | {"quant", "kernels", "losses", "data", "models", "measure", "optim", "memory"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["package"] = set(MAY_IMPORT)  # edgejax/__init__.py, on first use of a name

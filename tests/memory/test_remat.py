@@ -14,8 +14,8 @@ from export_cases import CONFIGS, LORAS, random_adapters, random_params
 from edgejax.core.errors import ConfigError
 from edgejax.data import Batch
 from edgejax.measure.memory import xla_memory
+from edgejax.memory.remat import KEPT_VALUES, rematerialize
 from edgejax.models import Decoder, ModelConfig, hidden_states, loss
-from edgejax.models.remat import KEPT_VALUES, rematerialize
 
 MOST_TO_LEAST = ("none", "mlp", "attention", "full")  # what is kept
 DEEP = ModelConfig(
