@@ -42,6 +42,14 @@ SHAPES: dict[str, ModelConfig] = {
         family="qwen3", vocab_size=151936, d_model=1024, n_layers=28, n_heads=16, n_kv_heads=8, head_dim=128,
         d_ff=3072, max_position=40960, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, tie_embeddings=True,
     ),
+    "qwen2.5-0.5b": ModelConfig(
+        family="qwen2", vocab_size=151936, d_model=896, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64, d_ff=4864,
+        max_position=32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, tie_embeddings=True,
+    ),
+    "qwen2.5-3b": ModelConfig(
+        family="qwen2", vocab_size=151936, d_model=2048, n_layers=36, n_heads=16, n_kv_heads=2, head_dim=128,
+        d_ff=11008, max_position=32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, tie_embeddings=True,
+    ),
     "llama-3.2-1b": ModelConfig(
         family="llama", vocab_size=128256, d_model=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64,
         d_ff=8192, max_position=131072, rope_theta=500_000.0, tie_embeddings=True,
@@ -74,7 +82,7 @@ def open_inputs(settings: BenchSettings) -> BenchInputs:
     Raises:
       ConfigError, WeightsError, DataError: what cannot be loaded.
     """
-    base = "f32" if settings.mode == "full" else settings.base
+    base = "f32" if settings.mode == "full" and not settings.bfloat16 else settings.base
     if settings.random_weights:
         return _random_inputs(settings, base)
     model = open_model(settings.model, base=check_base(base))

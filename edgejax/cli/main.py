@@ -28,6 +28,7 @@ COMMANDS = {
     "models": "the models known by name, and where each comes from",
     "doctor": "check this installation: versions, devices, numerics",
     "bench": "speed and memory of a training step on this machine",
+    "pack": "write a model as one file that is mapped layer by layer",
     "export": "write an adapter or a merged model for other programs",
 }
 

@@ -17,7 +17,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, adapter: bool) -> No
         "--model",
         default=DEFAULT_MODEL,
         metavar="NAME|PATH",
-        help="a name that `edgejax models` lists, a GGUF file or a Hugging Face folder (default: %(default)s)",
+        help="a name that `edgejax models` lists, a GGUF or packed file, or a Hugging Face folder (default: %(default)s)",
     )
     group.add_argument(
         "--base",

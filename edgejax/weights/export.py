@@ -60,7 +60,6 @@ def export(
     config, source = model.config, model.source
     if os.path.exists(out) and os.path.exists(source.path) and os.path.samefile(out, source.path):
         raise ConfigError(f"{out} is the model itself; it is not overwritten, choose another name")
-    from_gguf = source.format == "gguf"
     if format in ("peft", "lora-gguf"):
         if adapters is None or lora is None:
             raise ConfigError(
@@ -77,7 +76,7 @@ def export(
             adapters=adapters,
             lora=lora,
             tokenizer=model.tokenizer,
-            source_folder=None if from_gguf else source.path,
+            source_folder=source.path if source.format == "huggingface" else None,
             dtype=dtype,
             overwrite=overwrite,
         )
@@ -89,7 +88,7 @@ def export(
         adapters=adapters,
         lora=lora,
         tokenizer=model.tokenizer,
-        source_gguf=source.path if from_gguf else None,
+        source_gguf=source.path if source.format == "gguf" else None,
         weight_type="f16" if format == "merged-gguf-f16" else "q8_0",
         overwrite=overwrite,
     )

@@ -211,8 +211,8 @@ def _parse(path: Path, header: bytes, file_bytes: int) -> GgufFile:
         raise WeightsError(f"{path}: the file is empty (0 bytes); download it again")
     if header[:4] != MAGIC:
         raise WeightsError(
-            f"{path}: not a GGUF file: it begins with {header[:4]!r}, not {MAGIC!r}; give a .gguf file, or a "
-            "Hugging Face folder with config.json"
+            f"{path}: not a GGUF file: it begins with {header[:4]!r}, not {MAGIC!r}; give a .gguf file, a "
+            "file that `edgejax pack` made, or a Hugging Face folder with config.json"
         )
     cursor.take(4)
     version = cursor.scalar("<I")

@@ -5,8 +5,8 @@ into its place. At no time does a wide copy of a leaf exist, only one of ``CHUNK
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import ml_dtypes
@@ -68,15 +68,24 @@ def check_base(base: str) -> Base:
 
 def load_vector(source: LeafSource, leaf: LeafName, n_layers: int) -> np.ndarray:
     """A norm scale or bias, float32 ``[L, O]`` or ``[O]``."""
-    layers = range(n_layers) if leaf.stacked else range(1)
+    layers = leaf_layers(leaf, n_layers)
     out = empty_aligned((len(layers), *leaf.shape), FLOAT32)
-    order = source.row_order(leaf)
     for layer in layers:
-        check_shape(source, leaf, layer)
-        values = wide(source.rows(leaf, layer, 0, 1)).reshape(leaf.shape) + np.float32(source.offset(leaf))
-        _check_finite(source, leaf, layer, values)
-        out[layer, slice(None) if order is None else order] = values
+        out[layer] = read_vector(source, leaf, layer)
     return out if leaf.stacked else out[0]
+
+
+def read_vector(source: LeafSource, leaf: LeafName, layer: int) -> np.ndarray:
+    """A norm scale or bias of one layer, float32 ``[O]``."""
+    check_shape(source, leaf, layer)
+    values = wide(source.rows(leaf, layer, 0, 1)).reshape(leaf.shape) + np.float32(source.offset(leaf))
+    _check_finite(source, leaf, layer, values)
+    order = source.row_order(leaf)
+    if order is None:
+        return values
+    out = np.empty_like(values)
+    out[order] = values
+    return out
 
 
 def load_matrix(
@@ -94,23 +103,31 @@ def load_matrix(
     Raises:
       WeightsError: a missing tensor, a wrong shape, an unsupported type, values that are not finite.
     """
-    layers = range(n_layers) if leaf.stacked else range(1)
+    layers = leaf_layers(leaf, n_layers)
+    plan = plan_matrix(source, leaf, layers, base, notes)
+    out = _allocate(plan.form, (len(layers), *leaf.shape))
     for layer in layers:
-        check_shape(source, leaf, layer)
-    target, quantize = _plan(source, leaf, layers, base, notes)
-    n_rows, width = leaf.shape
-    out = _allocate(target, (len(layers), n_rows, width))
-    order = source.row_order(leaf)
-    step = max(1, CHUNK_WEIGHTS // width)
-    for layer in layers:
-        for start in range(0, n_rows, step):
-            stop = min(start + step, n_rows)
-            piece = source.rows(leaf, layer, start, stop)
-            _check_finite(source, leaf, layer, piece)
-            piece = quantize(wide(piece), BLOCK) if quantize else convert(piece, target)
-            rows = slice(start, stop) if order is None else order[start:stop]
+        for rows, piece in matrix_pieces(source, leaf, layer, plan):
             out = _write(out, layer, rows, piece)
     return out if leaf.stacked else out[0]
+
+
+def matrix_pieces(
+    source: LeafSource, leaf: LeafName, layer: int, plan: "MatrixPlan"
+) -> Iterator[tuple[slice | np.ndarray, QuantizedArray | np.ndarray]]:
+    """One layer of a matrix in the form of ``plan``, ``CHUNK_WEIGHTS`` at a time: where rows belong, and the rows.
+
+    Codes made anew may come with float32 scales where the plan says float16 (``quant.pack``).
+    """
+    n_rows, width = leaf.shape
+    order = source.row_order(leaf)
+    step = max(1, CHUNK_WEIGHTS // width)
+    for start in range(0, n_rows, step):
+        stop = min(start + step, n_rows)
+        piece = source.rows(leaf, layer, start, stop)
+        _check_finite(source, leaf, layer, piece)
+        piece = plan.quantize(wide(piece), BLOCK) if plan.quantize else convert(piece, plan.form)
+        yield slice(start, stop) if order is None else order[start:stop], piece
 
 
 def abstract_leaf(source: LeafSource, leaf: LeafName, n_layers: int, base: Base) -> PyTree:
@@ -121,8 +138,12 @@ def abstract_leaf(source: LeafSource, leaf: LeafName, n_layers: int, base: Base)
     shape = (n_layers, *leaf.shape) if leaf.stacked else leaf.shape
     if leaf.kind in ("norm", "bias"):
         return jax.ShapeDtypeStruct(shape, FLOAT32)
-    form, _ = _plan(source, leaf, range(n_layers if leaf.stacked else 1), base, [])
-    return _layout(form, shape)
+    return layout(plan_matrix(source, leaf, leaf_layers(leaf, n_layers), base, []).form, shape)
+
+
+def leaf_layers(leaf: LeafName, n_layers: int) -> range:
+    """The layers of a leaf; one that is not stacked has its only values in layer 0."""
+    return range(n_layers) if leaf.stacked else range(1)
 
 
 def check_shape(source: LeafSource, leaf: LeafName, layer: int) -> None:
@@ -144,36 +165,47 @@ def empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 
-def _plan(source, leaf: LeafName, layers: range, base: Base, notes: list[str]):
-    """The form of the leaf, and the quantiser where codes must be made anew."""
+class MatrixPlan(NamedTuple):
+    """The form of a matrix, and the quantiser where its codes must be made anew."""
+
+    form: Form
+    quantize: Callable[..., QuantizedArray] | None = None
+
+
+def plan_matrix(
+    source: LeafSource, leaf: LeafName, layers: range, base: Base, notes: list[str]
+) -> MatrixPlan:
+    """How a matrix will be held; see ``load_matrix``."""
+    for layer in layers:
+        check_shape(source, leaf, layer)
     forms = [source.form(leaf, layer) for layer in layers]
     joined = join_forms(forms)
     name = ".".join(leaf.path)
-    if base == "auto" or _CODE_BITS.get(base) == joined.bits:
+    if base == "auto" or (base in _CODE_BITS and _CODE_BITS[base] == joined.bits):
         if len(set(forms)) > 1:
             types = sorted({source.type_name(leaf, layer) for layer in layers})
             notes.append(f"{name}: layers mix {', '.join(types)}; held exactly, as {joined}")
-        return joined, None
+        return MatrixPlan(joined)
     if base == "bf16":
-        return float_form(BFLOAT16), None
+        return MatrixPlan(float_form(BFLOAT16))
     if base == "f32":
-        return float_form(FLOAT32), None
+        return MatrixPlan(float_form(FLOAT32))
     if leaf.shape[-1] % BLOCK:
         notes.append(
             f"{name}: rows of {leaf.shape[-1]} do not divide into blocks of {BLOCK}; held in bf16, not {base}"
         )
-        return float_form(BFLOAT16), None
+        return MatrixPlan(float_form(BFLOAT16))
     bits = _CODE_BITS[base]
     form = Form(bits=bits, block=BLOCK, dtype=np.dtype(np.float16), has_minimum=bits == 4)
-    return form, _QUANTIZE[bits]
+    return MatrixPlan(form, _QUANTIZE[bits])
 
 
 def _allocate(form: Form, shape: tuple[int, ...]) -> QuantizedArray | np.ndarray:
-    return jax.tree.map(lambda part: empty_aligned(part.shape, part.dtype), _layout(form, shape))
+    return jax.tree.map(lambda part: empty_aligned(part.shape, part.dtype), layout(form, shape))
 
 
-def _layout(form: Form, shape: tuple[int, ...]) -> PyTree:
-    """Shapes and dtypes of what ``_allocate`` makes."""
+def layout(form: Form, shape: tuple[int, ...]) -> PyTree:
+    """Shapes and dtypes of a leaf ``shape`` in ``form``: ``jax.ShapeDtypeStruct``, alone or in a ``QuantizedArray``."""
     if form.bits is None:
         return jax.ShapeDtypeStruct(shape, form.dtype)
     assert form.block is not None

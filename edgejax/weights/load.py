@@ -2,34 +2,26 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import jax
-import numpy as np
 
 from edgejax.core.arrays import PyTree
 from edgejax.core.errors import WeightsError
 from edgejax.data.tokenizer import Tokenizer
 from edgejax.models.config import ModelConfig
-from edgejax.quant import QuantizedArray
 from edgejax.weights.gguf_read import GgufSource
 from edgejax.weights.gguf_tokenizer import gguf_tokenizer
 from edgejax.weights.hf_read import HfSource
 from edgejax.weights.hf_tokenizer import hf_tokenizer
-from edgejax.weights.leaves import Base, LeafSource, abstract_leaf, check_base, load_matrix, load_vector
-from edgejax.weights.names import LeafName
+from edgejax.weights.leaves import Base, check_base
+from edgejax.weights.packed_decode import is_packed
+from edgejax.weights.packed_file import PackedFile, open_packed
+from edgejax.weights.params import LeafReader as LeafReader
+from edgejax.weights.params import abstract_params as abstract_params
+from edgejax.weights.params import load_params as load_params
 from edgejax.weights.presets import check_known_hash, resolve
-
-
-class LeafReader(LeafSource, Protocol):
-    """A ``LeafSource`` that knows its model: which leaves there are."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-    @property
-    def leaves(self) -> tuple[LeafName, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +31,15 @@ class ModelSource:
     Attributes:
       name: what was asked for.
       path: the file or folder it was read from.
-      format: ``"gguf"`` or ``"huggingface"``.
-      sha256: of the weight file; of several, of their hashes in order.
+      format: ``"gguf"``, ``"huggingface"`` or ``"packed"``.
+      sha256: of the weight file; of several, of their hashes in order; of a packed file, of its header, which holds
+        the hashes of the rest.
       base: the form asked for (``"auto"``, ``"int8"``, ...).
     """
 
     name: str
     path: str
-    format: Literal["gguf", "huggingface"]
+    format: Literal["gguf", "huggingface", "packed"]
     sha256: str
     base: str
 
@@ -87,7 +80,7 @@ class OpenedModel:
     config: ModelConfig
     tokenizer: Tokenizer | None
     source: ModelSource
-    reader: GgufSource | HfSource
+    reader: GgufSource | HfSource | PackedFile
 
     def abstract_params(self) -> PyTree:
         """The parameter tree of ``load()`` as ``jax.ShapeDtypeStruct``s."""
@@ -99,7 +92,7 @@ class OpenedModel:
         params = load_params(self.reader, check_base(self.source.base), notes)
         if not on_host:
             params = jax.device_put(params)
-        return LoadedModel(self.config, params, self.tokenizer, self.source, tuple(notes))
+        return LoadedModel(self.config, params, self.tokenizer, self.source, tuple(dict.fromkeys(notes)))
 
 
 def open_model(name_or_path: str | Path, *, base: Base = "auto", need_tokenizer: bool = True) -> OpenedModel:
@@ -114,10 +107,14 @@ def open_model(name_or_path: str | Path, *, base: Base = "auto", need_tokenizer:
     """
     base = check_base(base)
     path = resolve(name_or_path)
-    reader: HfSource | GgufSource
+    reader: HfSource | GgufSource | PackedFile
     if path.is_dir():
         reader = HfSource(path)
         sha256 = fingerprint(reader.weight_files)
+    elif is_packed(path):
+        reader = open_packed(path)
+        reader.check_base(base)
+        sha256 = reader.sha256
     else:
         sha256 = fingerprint([path])
         check_known_hash(name_or_path, path, sha256)  # before anything is believed of it
@@ -133,15 +130,17 @@ def load_model(
     """Read a model leaf by leaf; beside the leaves as they will be held, only a few megabytes exist at a time.
 
     Args:
-      name_or_path: a preset (``edgejax models`` lists them), a ``.gguf`` file, or a Hugging Face folder.
+      name_or_path: a preset (``edgejax models`` lists them), a ``.gguf`` file, a Hugging Face folder, or a file that
+        ``edgejax pack`` made.
       base: how matrices are held: ``"auto"`` exactly as the file has them, or ``"int8"``, ``"int4"``, ``"bf16"``,
-        ``"f32"``. Matrices that already have the bits asked for stay as they are. Norms and biases are float32.
+        ``"f32"``. Matrices that already have the bits asked for stay as they are. Norms and biases are float32. A packed
+        file is what it is: it takes ``"auto"``, or what its weights have already.
       need_tokenizer: False leaves the tokenizer unread (a benchmark on made-up tokens needs none).
       on_host: leave numpy arrays; otherwise leaves are put on the default device, on the CPU without a copy.
 
     Raises:
       WeightsError: anything about the files: missing, truncated, damaged, of an unsupported kind.
-      ConfigError: an unknown ``base``.
+      ConfigError: an unknown ``base``, or one that a packed file does not have.
 
     Example:
       >>> model = load_model("smollm2-135m", base="auto")  # doctest: +SKIP
@@ -149,34 +148,6 @@ def load_model(
       (30, 4)
     """
     return open_model(name_or_path, base=base, need_tokenizer=need_tokenizer).load(on_host=on_host)
-
-
-def load_params(source: LeafReader, base: Base, notes: list[str]) -> PyTree:
-    """The parameter tree of an opened source, leaves in host memory."""
-    n_layers = source.config.n_layers
-
-    def read(leaf: LeafName) -> np.ndarray | QuantizedArray:
-        if leaf.kind in ("norm", "bias"):
-            return load_vector(source, leaf, n_layers)
-        return load_matrix(source, leaf, n_layers, base, notes)
-
-    return _tree(source, read)
-
-
-def abstract_params(source: LeafReader, base: Base) -> PyTree:
-    """Shapes and dtypes of ``load_params``, as ``jax.ShapeDtypeStruct``s."""
-    return _tree(source, lambda leaf: abstract_leaf(source, leaf, source.config.n_layers, base))
-
-
-def _tree(source: LeafReader, value_of: Callable[[LeafName], Any]) -> PyTree:
-    params: dict = {}
-    for leaf in source.leaves:
-        *parents, last = leaf.path
-        node = params
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value_of(leaf)
-    return params
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -191,8 +162,11 @@ def fingerprint(files: list[Path]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def _tokenizer(source: GgufSource | HfSource) -> Tokenizer:
-    tokenizer = gguf_tokenizer(source.file) if isinstance(source, GgufSource) else hf_tokenizer(source.path)
+def _tokenizer(source: GgufSource | HfSource | PackedFile) -> Tokenizer:
+    if isinstance(source, GgufSource):
+        tokenizer = gguf_tokenizer(source.file)
+    else:
+        tokenizer = source.tokenizer() if isinstance(source, PackedFile) else hf_tokenizer(source.path)
     if tokenizer.vocab_size > source.config.vocab_size:
         raise WeightsError(
             f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding table "

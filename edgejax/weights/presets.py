@@ -149,7 +149,7 @@ def resolve(name_or_path: str | Path) -> Path:
     """The file or folder of a model, fetched if it is a preset that is not here yet.
 
     Args:
-      name_or_path: a preset's name, a ``.gguf`` file, or a Hugging Face folder.
+      name_or_path: a preset's name, a ``.gguf`` or packed file, or a Hugging Face folder.
 
     Raises:
       WeightsError: neither a preset nor an existing path; or fetching failed.
@@ -163,7 +163,7 @@ def resolve(name_or_path: str | Path) -> Path:
             )
         if not (path.is_file() or path.is_dir()):
             raise WeightsError(
-                f"{path}: neither a file nor a folder; give a .gguf file or a Hugging Face folder"
+                f"{path}: neither a file nor a folder; give a .gguf or packed file, or a Hugging Face folder"
             )
         return path
     if preset.hub_repo:

@@ -56,6 +56,18 @@ def test_each_family_comes_in_whole(family, shards, tmp_path):
     assert model.tokenizer.render_chat([{"role": "user", "content": "hi"}], False) == "hi"
 
 
+@pytest.mark.parametrize(("base", "held"), [("f32", np.float32), ("bf16", BF16)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
+def test_a_float_base_is_what_matrices_become(dtype, base, held, tmp_path):
+    config = tiny("llama")
+    tensors = hf_tensors(config)
+    model = load(write_hf(tmp_path / "m", hf_settings(config), tensors, dtype=dtype), base=base)
+    table = model.params["embed"]["table"]
+    assert table.dtype == held
+    np.testing.assert_array_equal(table, tensors["model.embed_tokens.weight"].astype(dtype).astype(held))
+    assert all(leaf["kernel"].dtype == held for leaf in model.params["blocks"].values() if "kernel" in leaf)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
 def test_auto_keeps_the_type_of_matrices(dtype, tmp_path):
     config = tiny("llama")
