@@ -53,15 +53,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seq", type=int, default=defaults.seq, help="tokens of a row (default: %(default)s)")
     group.add_argument(
-        "--remat", default=defaults.remat,
-        help="what is recomputed: none, attention, mlp or full (default: %(default)s)",
+        "--remat", default="auto",
+        help="what is recomputed: none, attention, mlp, full or sqrt (default: none; full with layerwise)",
     )  # fmt: skip
     group.add_argument(
-        "--optimizer", default=defaults.optimizer, help="an optax optimizer (default: %(default)s)"
+        "--boundaries", default=defaults.boundaries,
+        help="how inputs of layers wait for the backward pass: f32, bf16 or int8 (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--mlp-tile", type=int, default=defaults.mlp_tile, metavar="N",
+        help="positions of a row whose MLP values exist at once (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--optimizer",
+        default=defaults.optimizer,
+        help="adamw4bit, adamw8bit, apollo_mini, ... or one of optax (default: %(default)s)",
     )
     group.add_argument(
         "--schedule", default=defaults.schedule,
-        help=f"how a step is run; there is: {', '.join(SCHEDULES)} (default: %(default)s)",
+        help=f"how a step is run: {', '.join(SCHEDULES)} (default: %(default)s)",
     )  # fmt: skip
     group = parser.add_argument_group("the measurement")
     group.add_argument(
@@ -154,6 +164,7 @@ def summary(record: dict[str, Any]) -> str:
                              f"{format_seconds(found['compile_s'])}, compile cache {cache})"),
         ("peak memory", format_bytes(found["peak_rss_bytes"])),
         *((f"  {name}", format_bytes(size)) for name, size in found["memory_by_source_bytes"].items()),
+        ("trained state", f"{found['bytes_per_parameter']:.2f} bytes a parameter: weights, gradients, optimizer"),
         ("cores kept busy", f"{found['cpu_seconds_over_wall']:.2f}, load average {_load(found)}"),
     ]  # fmt: skip
     return "\n".join(f"{name:<17} {value}" for name, value in rows)

@@ -59,10 +59,10 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
     from edgejax.measure.memory import AnonymousPeak, memory_report, process_memory, xla_memory
     from edgejax.measure.record import make_record
     from edgejax.measure.timing import process_age_s
-    from edgejax.models import Decoder, LoraConfig
-    from edgejax.train.optimizers import make_optimizer
-    from edgejax.train.programs import abstract, start_run
-    from edgejax.train.whole import make_train_step
+    from edgejax.models import LoraConfig
+    from edgejax.train.programs import abstract
+    from edgejax.train.receipt import make_receipt
+    from edgejax.train.recipe import make_step, start_run
 
     return_large_blocks_at_once()
     jax.devices()
@@ -70,12 +70,11 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
     cache = _CacheCounter(enable_compile_cache() if settings.compile_cache else None)
     inputs = open_inputs(settings)
     lora = LoraConfig(rank=settings.rank) if settings.mode == "lora" else None
-    decoder = Decoder(inputs.config, lora)
-    optimizer = make_optimizer(settings.optimizer, settings.learning_rate)
-    step_fn: Any = make_train_step(decoder, optimizer, mode=settings.mode, remat=settings.remat)  # type: ignore[arg-type]
+    recipe = settings.recipe()
+    step_fn = make_step(recipe, inputs.config, lora)
 
     def start(params):
-        return start_run(inputs.config, params, lora, optimizer, settings.seed)
+        return start_run(recipe, inputs.config, params, lora)
 
     def compile_for(params):
         frozen, state = jax.eval_shape(start, params)
@@ -102,6 +101,8 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
             compiled=compiled,
             runtime_bytes=after_imports.rss_bytes,
         )
+        shape = (settings.accumulate, settings.batch, settings.seq)
+        receipt = make_receipt(recipe, inputs.config, state, frozen, shape)
         run = _Run(compiled, state, frozen, inputs.batch_at, settings.tokens_per_step)
         del state, frozen
         run.step()
@@ -156,6 +157,8 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
         "rss_after_compile_bytes": after_compile.rss_bytes,
         "peak_rss_after_compile_bytes": after_compile.peak_rss_bytes,
         "memory_by_source_bytes": sources.by_source(),
+        "bytes_per_parameter": receipt.bytes_per_parameter,
+        "receipt": receipt.to_json(),
         "losses": run.losses,
         "threads": threads,
         "orbax_imported": "orbax.checkpoint" in sys.modules,

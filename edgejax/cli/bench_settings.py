@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+from typing import TYPE_CHECKING
 
 from edgejax.core.errors import ConfigError
 
-SCHEDULES = ("whole",)
+if TYPE_CHECKING:
+    from edgejax.train.recipe import StepRecipe
+
+SCHEDULES = ("whole", "layerwise")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,9 @@ class BenchSettings:
     batch: int = 1  # rows of a micro-step
     accumulate: int = 1  # micro-steps of an optimizer step
     seq: int = 512  # tokens of a row
-    remat: str = "none"
+    remat: str = "auto"  # none with the schedule whole, full with layerwise
+    boundaries: str = "f32"
+    mlp_tile: int | None = None
     base: str = "auto"
     optimizer: str = "adamw"
     learning_rate: float = 1e-4
@@ -46,10 +52,17 @@ class BenchSettings:
             raise ConfigError(f"--mode {self.mode!r} is unknown; there are: lora, full")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"--schedule {self.schedule!r} is unknown; there are: {', '.join(SCHEDULES)}")
-        if self.mode == "full" and self.base not in ("auto", "f32"):
+        if self.mode == "full" and self.base not in ("auto", "f32", "bf16"):
             raise ConfigError(
-                f"--mode full trains float32 weights, so --base {self.base} cannot be honoured; leave it out"
+                f"--mode full trains weights in f32 or bf16, so --base {self.base} cannot be honoured; leave it out"
             )
+        if self.remat == "auto":
+            object.__setattr__(self, "remat", "none" if self.schedule == "whole" else "full")
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether matrices are trained in bfloat16."""
+        return self.mode == "full" and self.base == "bf16"
 
     @property
     def tokens_per_step(self) -> int:
@@ -63,6 +76,26 @@ class BenchSettings:
         (400, 600)
         """
         return (4 if self.mode == "lora" else 6) * n_params
+
+    def recipe(self) -> "StepRecipe":
+        """How the measured step is computed.
+
+        Raises:
+          ConfigError: choices that do not go together.
+        """
+        from edgejax.train.recipe import StepRecipe
+
+        return StepRecipe(
+            mode=self.mode,  # type: ignore[arg-type]
+            schedule=self.schedule,
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            remat=self.remat,
+            boundaries=self.boundaries,
+            mlp_tile=self.mlp_tile,
+            bfloat16=self.bfloat16,
+            seed=self.seed,
+        )
 
     def to_json(self) -> str:
         """For the measuring process."""

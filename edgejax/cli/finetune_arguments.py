@@ -19,7 +19,7 @@ from edgejax.cli.options import (
 )
 from edgejax.core.errors import ConfigError
 
-SCHEDULES = ("whole",)
+SCHEDULES = ("whole", "layerwise")
 DEFAULT_STEPS = 100
 DEFAULT_RANK = 8
 DEFAULTS: dict[str, Any] = {
@@ -46,7 +46,10 @@ DEFAULTS: dict[str, Any] = {
     "warmup": 0.05,
     "weight_decay": 0.0,
     "clip": 1.0,
+    "clip_by": None,
     "remat": "full",
+    "boundaries": "f32",
+    "mlp_tile": None,
     "schedule": "whole",
     "seed": 0,
     "out": None,
@@ -80,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--base",
         choices=BASES,
-        help="how the frozen weights are held; auto: as they came where that is exact",
+        help="how the frozen weights are held; auto: as they came where that is exact; with --mode full: bf16 trains "
+        "matrices in bfloat16 with stochastic rounding",
     )
     add("--data", nargs="+", metavar="PATH", help="text, JSON lines, folders of them, or python-reference")
     add(
@@ -107,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = _adder(group)
     add("--batch", type=whole_number, help="rows of a micro-step")
     add("--accumulate", type=whole_number, help="micro-steps of a step")
-    add("--optimizer", metavar="NAME", help="any optax optimizer")
+    add("--optimizer", metavar="NAME", help="adamw4bit, adamw8bit, apollo_mini, ... or any of optax")
     add(
         "--optimizer-option", type=key_value, action="append", metavar="NAME=VALUE",
         help="a further argument of the optimizer, like b2=0.95; may be repeated",
@@ -117,8 +121,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=steps_or_share, metavar="STEPS|SHARE", help="steps, or a share of all steps below 1")
     add("--weight-decay", type=float, help="decoupled")
     add("--clip", type=number_or_none, metavar="NORM|none", help="largest gradient norm")
-    add("--remat", metavar="POLICY", help="what the backward pass recomputes: none, attention, mlp or full")
-    add("--schedule", metavar="NAME", help=f"how a step is run; there is: {', '.join(SCHEDULES)}")
+    add(
+        "--clip-by", metavar="NORM",
+        help="the norm that is clipped: global (whole), layer or previous (layerwise; the step before's)",
+    )  # fmt: skip
+    add(
+        "--remat",
+        metavar="POLICY",
+        help="what the backward pass recomputes: none, attention, mlp, full or sqrt",
+    )
+    add("--boundaries", metavar="KIND", help="how inputs of layers wait for it: f32, bf16 or int8")
+    add(
+        "--mlp-tile", type=whole_number, metavar="N", help="positions of a row whose MLP values exist at once"
+    )
+    add("--schedule", metavar="NAME", help=f"how a step is run: {', '.join(SCHEDULES)}")
     add("--seed", type=int, help="of the adapters' start, the split and the order of rows")
 
     add = _adder(parser.add_argument_group("run"))
@@ -150,7 +166,7 @@ def check_options(options: argparse.Namespace) -> None:
         ``--overwrite`` that would remove what is to be read.
     """
     if options.schedule not in SCHEDULES:
-        raise ConfigError(f"--schedule {options.schedule} is not there yet; there is: {', '.join(SCHEDULES)}")
+        raise ConfigError(f"no --schedule {options.schedule}; there are: {', '.join(SCHEDULES)}")
     if options.mode == "full":
         unused = [
             name for name in ("rank", "alpha", "rslora", "targets") if getattr(options, name) is not None

@@ -3,6 +3,7 @@
 import jax
 
 from edgejax.core.errors import ConfigError
+from edgejax.memory.residuals import Boundary, boundary_named
 
 ATTENTION = ("attention_out", "attention_lse")
 PRODUCTS = ("query", "key", "value", *ATTENTION, "mlp_input", "gate", "up")
@@ -14,6 +15,34 @@ KEPT_VALUES: dict[str, tuple[str, ...]] = {
     "mlp": (*ATTENTION, "mlp_input"),
     "full": (),
 }
+POLICIES = (*KEPT_VALUES, "sqrt")  # sqrt: inputs of about sqrt(L) layers only (layer_stack)
+NARROW_WITH = {"bf16": ("full", "sqrt"), "int8": ("full",)}  # boundaries -> policies they go with
+
+
+def check_kept(remat: str, boundaries: str | Boundary = "f32") -> None:
+    """Whether a policy and a storage of boundaries exist and go together.
+
+    ``none``, ``attention`` and ``mlp`` keep more float32 values of a layer than its input, so a narrow input would
+    save next to nothing. ``int8`` with ``sqrt`` would round a group's input once and the inputs inside it again: the
+    gradient's cosine falls below 0.9999, and its two references take what the narrower codes save.
+
+    Raises:
+      ConfigError: an unknown name, or the two together.
+    """
+    if remat not in POLICIES:
+        raise ConfigError(f"unknown remat policy {remat!r}; there are: {', '.join(POLICIES)}")
+    boundary_named(boundaries)
+    allowed = NARROW_WITH.get(boundaries, POLICIES) if isinstance(boundaries, str) else ("full", "sqrt")
+    if remat not in allowed:
+        reason = (
+            "rounds the inputs of layers twice, and the gradient is off by more than is promised"
+            if remat == "sqrt"
+            else "keeps float32 values beside the input of each layer, which would not be narrowed"
+        )
+        raise ConfigError(
+            f"boundaries {boundaries!r} do not go with remat {remat!r}, which {reason}; "
+            f"choose remat {' or '.join(allowed)}, or boundaries f32"
+        )
 
 
 def rematerialize(function, policy: str):
@@ -25,10 +54,10 @@ def rematerialize(function, policy: str):
     is not run twice; ``mlp`` keeps the MLP's input too.
 
     Raises:
-      ConfigError: unknown policy.
+      ConfigError: unknown policy, or ``sqrt``, which is one of a stack (``layer_stack.run_layers``).
     """
     if policy not in KEPT_VALUES:
-        raise ConfigError(f"unknown remat policy {policy!r}; there are: {', '.join(KEPT_VALUES)}")
+        raise ConfigError(f"no remat policy {policy!r} of one layer; there are: {', '.join(KEPT_VALUES)}")
     keep = jax.checkpoint_policies.save_only_these_names(*KEPT_VALUES[policy])
     return jax.checkpoint(
         function, policy=keep, prevent_cse=False

@@ -12,6 +12,7 @@ from edgejax.core.arrays import Array, ArrayLike, PyTree
 from edgejax.data.batch import Batch
 from edgejax.kernels.attention import attention
 from edgejax.losses import next_token_loss
+from edgejax.memory.tiles import check_tile, over_positions
 from edgejax.models.config import ModelConfig
 from edgejax.models.layers import INIT_STD, Block, RMSNorm
 from edgejax.models.lora import LoraConfig
@@ -31,10 +32,21 @@ class Decoder:
          "head": {"kernel": [V, D]}}          # absent where the head is the embedding table
 
     Adapters: ``{"blocks": {"q_proj": {"lora_a": [L, R, I], "lora_b": [L, O, R]}, ...}}``.
+
+    With ``mlp_tile`` the MLP's wide values ``[B, t, F]`` exist for that many positions of a row at once, forward and
+    backward, and are made again for the backward pass; those that a remat policy names are kept as it says (``none``
+    keeps two of all positions).
+
+    Raises:
+      ConfigError: ``mlp_tile`` below 1.
     """
 
     config: ModelConfig
     lora: LoraConfig | None = None
+    mlp_tile: int | None = None  # positions of a row; None: all at once
+
+    def __post_init__(self):
+        check_tile(self.mlp_tile)
 
     def init(self, key: Array) -> PyTree:
         """Random float32 parameters (normal, std 0.02; norms one, biases zero)."""
@@ -77,7 +89,9 @@ class Decoder:
         """One layer: ``block_params`` and ``block_adapters`` are one slice of the stacks."""
         variables = {"params": block_params, "lora": block_adapters}
         layer = Block(self.config, self.lora)
-        return cast(Array, layer.apply(variables, h, rope, sliding, segment_ids, method=_one_block))
+        h = cast(Array, layer.apply(variables, h, rope, sliding, segment_ids, method=_attend))
+        mlp = lambda h: cast(Array, layer.apply(variables, h, method=Block.mlp))  # noqa: E731
+        return over_positions(mlp, h, self.mlp_tile)
 
     def sliding_flags(self) -> Bool[np.ndarray, " L"] | None:
         """Per layer, whether it is a sliding one; None where the model has none."""
@@ -100,7 +114,11 @@ class Decoder:
         )
 
 
-def _one_block(module: Block, h, rope, sliding, segment_ids=None):
+def _one_block(module: Block, h, rope, sliding):
+    return module.mlp(_attend(module, h, rope, sliding))
+
+
+def _attend(module: Block, h, rope, sliding, segment_ids=None):
     q, k, v = module.project(h, rope, sliding)
     attended = attention(
         q,
@@ -111,4 +129,4 @@ def _one_block(module: Block, h, rope, sliding, segment_ids=None):
         window=module.config.sliding_window if any(module.config.sliding_layers) else None,
         use_window=sliding,
     )
-    return module.finish(h, attended)
+    return module.add_attended(h, attended)

@@ -6,7 +6,9 @@ from jaxtyping import Float, Int
 
 from edgejax.core.arrays import Array, ArrayLike, PyTree
 from edgejax.data.batch import Batch
-from edgejax.memory.remat import rematerialize
+from edgejax.memory.layer_stack import run_layers, sqrt_group
+from edgejax.memory.remat import check_kept, rematerialize
+from edgejax.memory.residuals import Boundary, batch_key, boundary_named
 from edgejax.models.decoder import Decoder
 from edgejax.quant import dequantize
 
@@ -20,19 +22,26 @@ def hidden_states(
     segment_ids: Int[ArrayLike, "B T"] | None = None,
     *,
     remat: str = "none",
+    boundaries: str | Boundary = "f32",
 ) -> Float[Array, "B T D"]:
-    """Output of the last layer, before the final norm."""
+    """Output of the last layer, before the final norm; ``remat`` and ``boundaries`` as in ``loss``."""
+    check_kept(remat, boundaries)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    rope = decoder.rope(positions)
-
-    def one_layer(h, layer):
-        block_params, block_adapters, sliding = layer
-        return decoder.block(block_params, block_adapters, h, rope, segment_ids, sliding), None
-
+    shared = (decoder.rope(positions), segment_ids)
     layers = (params["blocks"], (adapters or {}).get("blocks", {}), decoder.sliding_flags())
-    h, _ = jax.lax.scan(rematerialize(one_layer, remat), decoder.embed(params, tokens), layers)
-    return h
+    h = decoder.embed(params, tokens)
+
+    def one_layer(h, layer, shared):
+        block_params, block_adapters, sliding = layer
+        return decoder.block(block_params, block_adapters, h, *shared, sliding)
+
+    if remat == "sqrt" or boundaries != "f32":
+        group = sqrt_group(decoder.config.n_layers) if remat == "sqrt" else 1
+        storage = boundary_named(boundaries)
+        return run_layers(one_layer, h, layers, shared, boundary=storage, group=group, key=batch_key(tokens))
+    kept = rematerialize(lambda h, layer: (one_layer(h, layer, shared), None), remat)
+    return jax.lax.scan(kept, h, layers)[0]
 
 
 def loss(
@@ -43,6 +52,7 @@ def loss(
     *,
     frozen_head: bool = True,
     remat: str = "none",
+    boundaries: str | Boundary = "f32",
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Sum of next-token losses of a batch and the number of counted tokens.
 
@@ -53,10 +63,13 @@ def loss(
       batch: packed rows.
       frozen_head: False where the head (or the tied embedding) is trained.
       remat: what a layer keeps for the backward pass: see ``memory.remat``.
+      boundaries: how the inputs of layers wait for it: see ``memory.residuals``.
+
+    Raises:
+      ConfigError: an unknown policy or storage, or two that do not go together.
     """
-    h = hidden_states(
-        decoder, params, adapters, batch.tokens, batch.positions, batch.segment_ids, remat=remat
-    )
+    rows = (batch.tokens, batch.positions, batch.segment_ids)
+    h = hidden_states(decoder, params, adapters, *rows, remat=remat, boundaries=boundaries)
     return decoder.head_loss(params, h, batch, frozen=frozen_head)
 
 

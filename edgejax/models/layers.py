@@ -114,10 +114,19 @@ class Block(nn.Module):
 
     def finish(self, h: Float[Array, "B T D"], attended: Float[Array, "B T H C"]) -> Float[Array, "B T D"]:
         """The layer's output from its input and what attention gave."""
-        config = self.config
+        return self.mlp(self.add_attended(h, attended))
+
+    def add_attended(
+        self, h: Float[Array, "B T D"], attended: Float[Array, "B T H C"]
+    ) -> Float[Array, "B T D"]:
+        """The layer's input plus what attention gave: the input of ``mlp``."""
         x = self.o_proj(attended.reshape(*h.shape[:-1], -1))
-        h = h + (self.attn_post_norm(x) if config.post_norms else x)
-        h = checkpoint_name(h, "mlp_input")
+        h = h + (self.attn_post_norm(x) if self.config.post_norms else x)
+        return checkpoint_name(h, "mlp_input")
+
+    def mlp(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """``h`` plus the gated MLP of its norm; each position by itself."""
+        config = self.config
         x = self.mlp_norm(h)
         gate = checkpoint_name(self.gate_proj(x), "gate")
         up = checkpoint_name(self.up_proj(x), "up")

@@ -1,5 +1,6 @@
 """Weights in few bits: the array type, packing, exact reading back."""
 
+from edgejax.quant.array import Bfloat16Array as Bfloat16Array
 from edgejax.quant.array import QuantizedArray as QuantizedArray
 from edgejax.quant.array import Weight as Weight
 from edgejax.quant.array import dequantize as dequantize

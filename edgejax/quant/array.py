@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt16
 
 from edgejax.core.arrays import Array, ArrayLike
 
@@ -76,16 +76,74 @@ class QuantizedArray:
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
-Weight = ArrayLike | QuantizedArray
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bfloat16Array:
+    """bfloat16 weights held as their bit patterns, so that a compiled loop can update a stack of them in place.
+
+    Written as bfloat16 they are widened by XLA:CPU, the whole stack for every slice (measured: 24 times slower).
+
+    Attributes:
+      pattern: uint16, in the weights' shape.
+
+    Example:
+      >>> held = Bfloat16Array.hold(jnp.array([1.0, -2.0]))
+      >>> held.bfloat16().tolist(), held.nbytes
+      ([1.0, -2.0], 4)
+    """
+
+    pattern: UInt16[ArrayLike, "..."]
+
+    @classmethod
+    def hold(cls, weights: Float[ArrayLike, "..."]) -> "Bfloat16Array":
+        """From floats of any dtype, rounded to the nearest."""
+        return cls(jax.lax.bitcast_convert_type(jnp.asarray(weights).astype(jnp.bfloat16), jnp.uint16))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.pattern.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.pattern.ndim
+
+    @property
+    def size(self) -> int:
+        return self.pattern.size
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.pattern.size
+
+    @property
+    def bits_per_element(self) -> float:
+        return 16.0
+
+    def bfloat16(self) -> Array:
+        """The weights as a plain bfloat16 array."""
+        return jax.lax.bitcast_convert_type(jnp.asarray(self.pattern), jnp.bfloat16)
+
+    def dequantize(self, dtype=jnp.float32) -> Float[Array, "..."]:
+        """The weights in ``dtype``."""
+        return dequantize(self, dtype)
+
+    def __getitem__(self, index) -> "Bfloat16Array":
+        return Bfloat16Array(self.pattern[index])
+
+
+Weight = ArrayLike | QuantizedArray | Bfloat16Array
 
 
 def is_quantized(leaf) -> bool:
-    """For ``is_leaf=`` in tree functions."""
-    return isinstance(leaf, QuantizedArray)
+    """Whether a leaf is one of the packed classes of this module; for ``is_leaf=`` in tree functions."""
+    return isinstance(leaf, QuantizedArray | Bfloat16Array)
 
 
 def dequantize(weight: Weight, dtype=jnp.float32) -> Float[Array, "..."]:
     """``[..., O, I]`` in ``dtype``; a plain array is only cast."""
+    if isinstance(weight, Bfloat16Array):
+        upper = jnp.asarray(weight.pattern).astype(jnp.uint32) << 16
+        return jax.lax.bitcast_convert_type(upper, jnp.float32).astype(dtype)
     if not isinstance(weight, QuantizedArray):
         return jnp.asarray(weight).astype(dtype)
     shape = weight.shape
@@ -113,6 +171,6 @@ def _nibbles(words: Int[Array, "... W"]) -> Int[Array, "... W 8"]:
 
 def take_rows(weight: Weight, rows: Int[ArrayLike, "..."], dtype=jnp.float32) -> Float[Array, "... I"]:
     """Rows of an ``[V, I]`` table (an embedding look-up) without widening the table."""
-    if isinstance(weight, QuantizedArray):
+    if isinstance(weight, QuantizedArray | Bfloat16Array):
         return dequantize(jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), weight), dtype)
     return jnp.take(weight, rows, axis=0).astype(dtype)

@@ -5,6 +5,8 @@ from edgejax.train.checkpoint import Checkpoints, RunIdentity, nonfinite_leaves,
 from edgejax.train.evaluate import EvalResult, evaluate, evaluate_with
 from edgejax.train.finetune import FinetuneResult, finetune
 from edgejax.train.identity import ModelLike, check_same_run, run_config, run_identity
+from edgejax.train.layerwise import make_layerwise_step
+from edgejax.train.layerwise_state import init_layerwise
 from edgejax.train.learning_rate import SCHEDULES, make_schedule, rates, warmup_steps
 from edgejax.train.loop import LoopResult, StepFigures, train_loop
 from edgejax.train.metrics import MetricsLog, read_metrics
@@ -15,6 +17,7 @@ from edgejax.train.run_folder import RunFolder, is_run_folder, read_config, writ
 from edgejax.train.settings import TrainSettings
 from edgejax.train.signals import SignalGuard
 from edgejax.train.state import TrainState, init_state
+from edgejax.train.streamed import LayerSource, make_streamed_eval, make_streamed_step
 from edgejax.train.whole import Mode, make_eval_step, make_train_step, split_parameters
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "DatasetBatches",
     "EvalResult",
     "FinetuneResult",
+    "LayerSource",
     "LiveProgress",
     "LoopResult",
     "MetricsLog",
@@ -45,11 +49,15 @@ __all__ = [
     "evaluate",
     "evaluate_with",
     "finetune",
+    "init_layerwise",
     "init_state",
     "is_run_folder",
     "make_eval_step",
+    "make_layerwise_step",
     "make_optimizer",
     "make_schedule",
+    "make_streamed_eval",
+    "make_streamed_step",
     "make_train_step",
     "nonfinite_leaves",
     "optimizer_names",

@@ -1,4 +1,4 @@
-"""Any optax optimizer by its name, behind global-norm clipping, with no option ignored.
+"""Any optimizer of ``edgejax.optim`` or optax by its name, behind global-norm clipping, with no option ignored.
 
 The gradient g of all trained leaves together is first scaled by ``min(1, clip_norm / |g|)`` (Pascanu et al. 2013,
 arXiv 1211.5063, algorithm 1), then given to the named optimizer. Decoupled weight decay (Loshchilov and Hutter
@@ -8,7 +8,7 @@ arXiv 1211.5063, algorithm 1), then given to the named optimizer. Decoupled weig
 import functools
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import optax
 
 from edgejax.core.arrays import PyTree
 from edgejax.core.errors import ConfigError
+from edgejax.optim import adamw4bit, adamw8bit, apollo, apollo_mini, lion8bit, scale_sgd, sgd8bit
 
 # They have a learning rate in their signature, but are not optimizers a training step can drive.
 _NOT_OPTIMIZERS = {
@@ -26,18 +27,24 @@ _NOT_OPTIMIZERS = {
     "scale_by_learning_rate": "it is a building block",
     "scale_by_rprop": "it is a building block",
 }
+# Those of edgejax.optim; every other name is optax's.
+_OWN: dict[str, Callable[..., optax.GradientTransformation]] = {
+    factory.__name__: factory
+    for factory in (adamw4bit, adamw8bit, apollo, apollo_mini, lion8bit, scale_sgd, sgd8bit)
+}
 _DECAY_NAMES = ("weight_decay", "weight_decay_rate")
 _MASK_NAMES = ("mask", "weight_decay_mask")
 _UNDECAYED_LEAVES = ("scale", "bias")
 
 
 def optimizer_names() -> tuple[str, ...]:
-    """Names ``make_optimizer`` takes, sorted: the functions of the optax namespace with a learning rate.
+    """Names ``make_optimizer`` takes, sorted: those of ``edgejax.optim``, and the functions of the optax namespace with a learning rate.
 
     >>> {"adamw", "sgd", "lion", "adafactor", "lamb"} <= set(optimizer_names())
     True
     """
-    return tuple(name for name in sorted(dir(optax)) if name not in _NOT_OPTIMIZERS and _is_optimizer(name))
+    names = {name for name in dir(optax) if name not in _NOT_OPTIMIZERS and _is_optimizer(name)}
+    return tuple(sorted(names.union(_OWN)))
 
 
 def make_optimizer(
@@ -48,7 +55,7 @@ def make_optimizer(
     clip_norm: float | None = 1.0,
     options: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
-    """The optax optimizer ``name`` after clipping by the global gradient norm.
+    """The optimizer ``name`` after clipping by the global gradient norm.
 
     Args:
       name: a name of ``optimizer_names()``.
@@ -69,14 +76,14 @@ def make_optimizer(
       >>> import jax.numpy as jnp
       >>> state = tx.init({"kernel": jnp.ones((2, 3))})
     """
-    if name in _NOT_OPTIMIZERS or not _is_optimizer(name):
+    if name not in optimizer_names():
         reason = f" ({_NOT_OPTIMIZERS[name]})" if name in _NOT_OPTIMIZERS else ""
         raise ConfigError(f"no optimizer named {name!r}{reason}; there are: {', '.join(optimizer_names())}")
     if clip_norm is not None and not 0 < clip_norm < float("inf"):
         raise ConfigError(f"clip_norm must be above 0 and finite, not {clip_norm}; None turns clipping off")
     if not 0 <= weight_decay < float("inf"):
         raise ConfigError(f"weight_decay must be at least 0 and finite, not {weight_decay}")
-    factory = getattr(optax, name)
+    factory = _factory(name)
     parameters = inspect.signature(factory).parameters
     arguments = _checked_options(name, dict(options or {}), parameters)
     arguments |= _decay_arguments(name, weight_decay, parameters)
@@ -103,6 +110,10 @@ def decay_mask(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: str(getattr(path[-1], "key", "")) not in _UNDECAYED_LEAVES if path else True, params
     )
+
+
+def _factory(name: str) -> Callable[..., optax.GradientTransformation]:
+    return _OWN.get(name) or getattr(optax, name)
 
 
 def _is_optimizer(name: str) -> bool:
@@ -146,7 +157,7 @@ def _decay_arguments(
 
 
 def _signature(name: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(getattr(optax, name)).parameters
+    return inspect.signature(_factory(name)).parameters
 
 
 def _one_update(optimizer: optax.GradientTransformation) -> PyTree:

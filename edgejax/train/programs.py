@@ -8,20 +8,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from edgejax.core.allocator import release_freed_memory
 from edgejax.core.arrays import PyTree
 from edgejax.data import Batch
-from edgejax.models import Decoder, LoraConfig, ModelConfig, init_lora
-from edgejax.quant import dequantize, is_quantized
+from edgejax.models import Decoder, LoraConfig, ModelConfig
 from edgejax.train.learning_rate import make_schedule
-from edgejax.train.optimizers import make_optimizer
+from edgejax.train.recipe import make_step, start_run
 from edgejax.train.settings import TrainSettings
-from edgejax.train.state import TrainState, init_state
-from edgejax.train.whole import Mode, make_eval_step, make_train_step
+from edgejax.train.state import TrainState
+from edgejax.train.whole import Mode, make_eval_step
 
 
 class Programs(NamedTuple):
@@ -64,29 +62,22 @@ def compile_programs(
       ConfigError: settings that cannot be honoured.
     """
     mode: Mode = "full" if lora is None else "lora"
-    decoder = Decoder(config, lora)
     schedule = make_schedule(
-        settings.schedule,
+        settings.lr_schedule,
         settings.learning_rate,
         steps=settings.steps,
         warmup=settings.warmup,
         final_fraction=settings.final_rate_fraction,
     )
-    optimizer = make_optimizer(
-        settings.optimizer,
-        settings.learning_rate if settings.is_constant else schedule,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm,
-        options=settings.optimizer_options,
-    )
+    recipe = settings.recipe(mode, settings.learning_rate if settings.is_constant else schedule)
 
     def start(params: PyTree) -> tuple[PyTree, TrainState]:
-        return start_run(config, params, lora, optimizer, settings.seed)
+        return start_run(recipe, config, params, lora)
 
     shapes = abstract(params)
     frozen, state = jax.eval_shape(start, shapes)
-    step: Any = make_train_step(decoder, optimizer, mode=mode, remat=settings.remat)
-    evaluate: Any = make_eval_step(decoder, mode=mode)
+    step: Any = make_step(recipe, config, lora)
+    evaluate: Any = make_eval_step(Decoder(config, lora, settings.mlp_tile), mode=mode)
     rows = (settings.batch_size, seq_length)
     compiled = (
         step.lower(state, frozen, abstract_batch(settings.accumulate, *rows)).compile(),
@@ -94,34 +85,6 @@ def compile_programs(
     )
     release_freed_memory()
     return Programs(mode, schedule, start, *compiled, shapes)
-
-
-def start_run(
-    config: ModelConfig,
-    params: PyTree,
-    lora: LoraConfig | None,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-) -> tuple[PyTree, TrainState]:
-    """``(frozen, state)`` before the first step. Trained leaves are never the model's own buffers: the step donates.
-
-    One program makes it all: the code of each small program stays in memory, some megabytes of it.
-    """
-
-    def from_adapters(key: jax.Array) -> TrainState:
-        return init_state(init_lora(config, lora, key), optimizer)  # type: ignore[arg-type]
-
-    def from_params(params: PyTree) -> TrainState:
-        wide = jax.tree.map(_wide_copy, params, is_leaf=is_quantized)
-        return init_state(wide, optimizer)
-
-    if lora is not None:
-        return params, jax.jit(from_adapters)(jax.random.key(seed))
-    return {}, jax.jit(from_params)(params)
-
-
-def _wide_copy(leaf: Any) -> jax.Array:
-    return jnp.array(dequantize(leaf), jnp.float32, copy=True)
 
 
 def abstract(tree: PyTree) -> PyTree:

@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import optax
+
 from edgejax.core.errors import ConfigError
-from edgejax.memory.remat import KEPT_VALUES
 from edgejax.train.learning_rate import SCHEDULES, warmup_steps
-from edgejax.train.optimizers import make_optimizer
+from edgejax.train.recipe import StepRecipe
+from edgejax.train.whole import Mode
 
 # Changing these between stop and resume changes no trained bit.
 _NOT_IN_FINGERPRINT = ("log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints")
@@ -36,12 +38,21 @@ class TrainSettings:
         default_factory=dict
     )  # e.g. {"b2": 0.95}; JSON values
     learning_rate: float = 5e-4  # peak, after the warm-up
-    schedule: str = "cosine"  # cosine, linear or constant
+    lr_schedule: str = "cosine"  # cosine, linear or constant
     warmup: int | float = 0.05  # steps (int), or a share of steps (float below 1)
     final_rate_fraction: float = 0.0  # learning rate at the end as a share of the peak
     weight_decay: float = 0.0  # decoupled; norm scales and biases are left out
-    clip_norm: float | None = 1.0  # largest global gradient norm; None does not clip
+    clip_norm: float | None = 1.0  # largest gradient norm; None does not clip
+    clip_by: str | None = (
+        None  # global, layer or previous (train.layerwise); None: the first that the schedule can
+    )
+    schedule: str = "whole"  # how a step is run: whole or layerwise
     remat: str = "full"  # what a layer keeps for the backward pass: a policy of memory.remat
+    boundaries: str = "f32"  # how the inputs of layers wait for it: f32, bf16 or int8 (memory.residuals)
+    mlp_tile: int | None = None  # positions of a row whose MLP values exist at once; None: all
+    bfloat16: bool = (
+        False  # train matrices in bfloat16 with stochastic rounding; full-parameter training only
+    )
     seed: int = 0  # of the adapters' start and the order of rows
     log_every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int | None = None  # steps between held-out evaluations; None: before and after only
@@ -64,15 +75,13 @@ class TrainSettings:
                 _check_count(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
-        if self.schedule not in SCHEDULES:
+        if self.lr_schedule not in SCHEDULES:
             raise ConfigError(
-                f"no learning-rate schedule named {self.schedule!r}; there are: {', '.join(SCHEDULES)}"
+                f"no learning-rate schedule named {self.lr_schedule!r}; there are: {', '.join(SCHEDULES)}"
             )
-        if self.remat not in KEPT_VALUES:
-            raise ConfigError(f"unknown remat policy {self.remat!r}; there are: {', '.join(KEPT_VALUES)}")
         _check_number("learning_rate", self.learning_rate, above=0.0)
         _check_number("final_rate_fraction", self.final_rate_fraction, at_least=0.0, at_most=1.0)
-        if self.schedule == "constant" and self.final_rate_fraction:
+        if self.lr_schedule == "constant" and self.final_rate_fraction:
             raise ConfigError(
                 "a constant schedule has no final_rate_fraction; leave it 0 or choose cosine or linear"
             )
@@ -82,18 +91,35 @@ class TrainSettings:
             json.dumps(self.optimizer_options, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"optimizer_options must be JSON values: {error}") from error
-        make_optimizer(
-            self.optimizer,
-            self.learning_rate if self.is_constant else lambda step: self.learning_rate + 0 * step,
-            weight_decay=self.weight_decay,
-            clip_norm=self.clip_norm,
-            options=self.optimizer_options,
-        )
+        rate = self.learning_rate if self.is_constant else lambda step: self.learning_rate + 0 * step
+        self.recipe("full" if self.bfloat16 else "lora", rate)
 
     @property
     def is_constant(self) -> bool:
         """Whether the learning rate never changes; some optimizers take no other."""
-        return self.schedule == "constant" and warmup_steps(self.warmup, self.steps) == 0
+        return self.lr_schedule == "constant" and warmup_steps(self.warmup, self.steps) == 0
+
+    def recipe(self, mode: Mode, learning_rate: float | optax.Schedule) -> StepRecipe:
+        """How a step of this run is computed.
+
+        Raises:
+          ConfigError: choices that do not go together.
+        """
+        return StepRecipe(
+            mode=mode,
+            schedule=self.schedule,
+            optimizer=self.optimizer,
+            optimizer_options=self.optimizer_options,
+            learning_rate=learning_rate,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+            clip_by=self.clip_by,
+            remat=self.remat,
+            boundaries=self.boundaries,
+            mlp_tile=self.mlp_tile,
+            bfloat16=self.bfloat16,
+            seed=self.seed,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for ``json.dumps``."""

@@ -7,6 +7,7 @@ import optax
 from jaxtyping import Int
 
 from edgejax.core.arrays import Array, PyTree
+from edgejax.train.held import plain
 
 
 class TrainState(NamedTuple):
@@ -14,7 +15,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32, optimizer steps taken.
-      trainable: adapters (LoRA) or all parameters.
+      trainable: adapters (LoRA) or all parameters, as they are held (``held``).
       opt_state: the optimizer's state over ``trainable``.
     """
 
@@ -25,4 +26,4 @@ class TrainState(NamedTuple):
 
 def init_state(trainable: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(plain(trainable)))

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from edgejax.core.arrays import Array
-from edgejax.kernels.linear_ce.chunks import head_chunk, rows_back, valid_rows_first, vocab_starts
+from edgejax.kernels.linear_ce.chunks import HeadRows, head_chunk, rows_back, valid_rows_first, vocab_starts
 from edgejax.quant.array import Weight, take_rows
 
 
@@ -30,11 +30,14 @@ def linear_cross_entropy_frozen(
     mask: Bool[Array, " N"],
 ) -> Float[Array, ""]:
     """Sum of the masked rows' losses (float32), differentiable in ``hidden`` only."""
-    return _loss_and_gradient(hidden, weight, targets, mask, with_gradient=False)[0]
+    loss_sum, _, _ = one_pass(valid_rows_first(hidden, targets, mask), weight, with_gradient=False)
+    return loss_sum
 
 
 def _forward(hidden, weight, targets, mask):
-    return _loss_and_gradient(hidden, weight, targets, mask, with_gradient=True)
+    rows = valid_rows_first(hidden, targets, mask)
+    loss_sum, gradient, _ = one_pass(rows, weight, with_gradient=True)
+    return loss_sum, rows_back(gradient, rows.order, hidden.dtype)
 
 
 def _backward(gradient, d_loss):
@@ -44,24 +47,27 @@ def _backward(gradient, d_loss):
 linear_cross_entropy_frozen.defvjp(_forward, _backward)
 
 
-def _loss_and_gradient(hidden, weight, targets, mask, *, with_gradient: bool):
-    rows, labels, kept, order, row_chunk, n_chunks = valid_rows_first(hidden, targets, mask)
+def one_pass(
+    rows: HeadRows, weight: Weight, *, with_gradient: bool
+) -> tuple[Float[Array, ""], Float[Array, "M D"], Float[Array, " M"]]:
+    """Loss sum, its gradient in the rows (no rows if it is not wanted) and each row's log-sum-exp."""
+    row_chunk = rows.chunk
 
     def one_chunk(i, carry):
-        loss_sum, gradient = carry
+        loss_sum, gradient, lse_rows = carry
         start = i * row_chunk
-        h, y, keep = (lax.dynamic_slice_in_dim(a, start, row_chunk) for a in (rows, labels, kept))
+        h, y, keep = rows.take(start)
         own = take_rows(weight, y)
         lse, pulled = _over_vocabulary(h, weight, with_gradient)
         loss_sum += jnp.sum(jnp.where(keep, lse - jnp.sum(h * own, axis=1), 0.0))
         if with_gradient:
             d_h = jnp.where(keep[:, None], pulled - own, 0.0)
             gradient = lax.dynamic_update_slice_in_dim(gradient, d_h, start, axis=0)
-        return loss_sum, gradient
+        return loss_sum, gradient, lax.dynamic_update_slice_in_dim(lse_rows, lse, start, axis=0)
 
-    gradient = jnp.zeros_like(rows) if with_gradient else jnp.zeros((0, rows.shape[1]))
-    loss_sum, gradient = lax.fori_loop(0, n_chunks, one_chunk, (jnp.float32(0), gradient))
-    return loss_sum, (rows_back(gradient, order, hidden.dtype) if with_gradient else None)
+    n_rows, width = rows.hidden.shape
+    start = (jnp.float32(0), jnp.zeros((n_rows if with_gradient else 0, width)), jnp.zeros(n_rows))
+    return lax.fori_loop(0, rows.n_chunks, one_chunk, start)
 
 
 def _over_vocabulary(h, weight, with_gradient: bool):

@@ -14,7 +14,13 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from edgejax.core.arrays import Array
-from edgejax.kernels.linear_ce.chunks import head_chunk, rows_back, valid_rows_first, vocab_starts
+from edgejax.kernels.linear_ce.chunks import (
+    head_chunk,
+    logit_gradient,
+    rows_back,
+    valid_rows_first,
+    vocab_starts,
+)
 
 
 @jax.custom_vjp
@@ -29,25 +35,25 @@ def linear_cross_entropy_trainable(
 
 
 def _forward(hidden, weight, targets, mask):
-    rows, labels, kept, _, row_chunk, n_chunks = valid_rows_first(hidden, targets, mask)
+    rows = valid_rows_first(hidden, targets, mask)
 
     def one_chunk(i, carry):
         loss_sum, lse_rows = carry
-        start = i * row_chunk
-        h, y, keep = (lax.dynamic_slice_in_dim(a, start, row_chunk) for a in (rows, labels, kept))
+        start = i * rows.chunk
+        h, y, keep = rows.take(start)
         lse = _log_sum_exp(h, weight)
         picked = jnp.sum(h * weight[y].astype(jnp.float32), axis=1)
         loss_sum += jnp.sum(jnp.where(keep, lse - picked, 0.0))
         return loss_sum, lax.dynamic_update_slice_in_dim(lse_rows, lse, start, axis=0)
 
-    start_state = (jnp.float32(0), jnp.zeros(rows.shape[0]))
-    loss_sum, lse_rows = lax.fori_loop(0, n_chunks, one_chunk, start_state)
+    start_state = (jnp.float32(0), jnp.zeros(rows.hidden.shape[0]))
+    loss_sum, lse_rows = lax.fori_loop(0, rows.n_chunks, one_chunk, start_state)
     return loss_sum, (hidden, weight, targets, mask, lse_rows)
 
 
 def _backward(residuals, d_loss):
     hidden, weight, targets, mask, lse_rows = residuals
-    rows, labels, kept, order, row_chunk, n_chunks = valid_rows_first(hidden, targets, mask)
+    rows = valid_rows_first(hidden, targets, mask)
     chunk, starts = vocab_starts(weight.shape[0])
 
     def over_vocabulary(carry, start):
@@ -56,23 +62,19 @@ def _backward(residuals, d_loss):
 
         def over_rows(i, inner):
             d_rows, d_wide = inner
-            at = i * row_chunk
-            h, y, keep, lse = (
-                lax.dynamic_slice_in_dim(a, at, row_chunk) for a in (rows, labels, kept, lse_rows)
-            )
-            own = (y - first)[:, None] == jnp.arange(chunk, dtype=y.dtype)
-            g = jnp.exp(h @ wide.T - lse[:, None]) - own
-            g = jnp.where(keep[:, None] & fresh, g * d_loss, 0.0)
-            d_h = lax.dynamic_slice_in_dim(d_rows, at, row_chunk) + g @ wide
+            at = i * rows.chunk
+            h, g = logit_gradient(rows, lse_rows, at, wide, first)
+            g = jnp.where(fresh, g * d_loss, 0.0)
+            d_h = lax.dynamic_slice_in_dim(d_rows, at, rows.chunk) + g @ wide
             return lax.dynamic_update_slice_in_dim(d_rows, d_h, at, axis=0), d_wide + g.T @ h
 
-        d_rows, d_wide = lax.fori_loop(0, n_chunks, over_rows, (d_rows, jnp.zeros_like(wide)))
+        d_rows, d_wide = lax.fori_loop(0, rows.n_chunks, over_rows, (d_rows, jnp.zeros_like(wide)))
         d_wide += lax.dynamic_slice_in_dim(d_weight, first, chunk)
         return (d_rows, lax.dynamic_update_slice_in_dim(d_weight, d_wide, first, axis=0)), None
 
-    zeros = (jnp.zeros_like(rows), jnp.zeros(weight.shape, jnp.float32))
+    zeros = (jnp.zeros_like(rows.hidden), jnp.zeros(weight.shape, jnp.float32))
     (d_rows, d_weight), _ = lax.scan(over_vocabulary, zeros, starts)
-    return rows_back(d_rows, order, hidden.dtype), d_weight.astype(weight.dtype), None, None
+    return rows_back(d_rows, rows.order, hidden.dtype), d_weight.astype(weight.dtype), None, None
 
 
 linear_cross_entropy_trainable.defvjp(_forward, _backward)

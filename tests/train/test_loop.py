@@ -68,7 +68,7 @@ class Bench:
     """A run in a folder, its parts at hand."""
 
     def __init__(self, folder, **settings):
-        values = {"steps": 10, "checkpoint_every": 4, "schedule": "constant", "warmup": 0, **settings}
+        values = {"steps": 10, "checkpoint_every": 4, "lr_schedule": "constant", "warmup": 0, **settings}
         self.folder = folder
         self.settings = TrainSettings(**values)
         self.batches = Batches()

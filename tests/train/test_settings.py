@@ -52,8 +52,8 @@ def test_settings_are_frozen_and_the_callers_options_copied():
         ({"learning_rate": 0.0}, "learning_rate .* not 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"learning_rate": "1e-3"}, "learning_rate"),
-        ({"schedule": "step"}, "there are: cosine"),
-        ({"schedule": "constant", "final_rate_fraction": 0.1}, "final_rate_fraction"),
+        ({"lr_schedule": "step"}, "there are: cosine"),
+        ({"lr_schedule": "constant", "final_rate_fraction": 0.1}, "final_rate_fraction"),
         ({"final_rate_fraction": 2.0}, "between 0 and 1"),
         ({"warmup": 100}, "warm-up steps leave none"),
         ({"clip_norm": 0.0}, "clip_norm"),
@@ -72,7 +72,7 @@ def test_bad_values(changes, message):
 
 
 def test_optimizer_without_schedule_works_with_a_constant_rate():
-    assert TrainSettings(optimizer="sm3", schedule="constant", warmup=0).is_constant
+    assert TrainSettings(optimizer="sm3", lr_schedule="constant", warmup=0).is_constant
 
 
 def test_unknown_field_is_named():
@@ -87,7 +87,7 @@ def test_fingerprint_is_of_what_decides_the_bits():
         assert dataclasses.replace(settings, **{name: 3}).fingerprint() == settings.fingerprint(), name
     changes = {
         "steps": 99, "batch_size": 3, "accumulate": 3, "optimizer": "lion", "optimizer_options": {"b2": 0.9},
-        "learning_rate": 0.1, "schedule": "linear", "warmup": 3, "final_rate_fraction": 0.3, "weight_decay": 0.3,
+        "learning_rate": 0.1, "lr_schedule": "linear", "warmup": 3, "final_rate_fraction": 0.3, "weight_decay": 0.3,
         "clip_norm": 3.0, "remat": "none", "seed": 3,
     }  # fmt: skip
     assert set(changes) | set(same) == {field.name for field in dataclasses.fields(settings)}

@@ -1,0 +1,140 @@
+"""How one optimizer step is computed: the schedule, the optimizer, what is kept and what is recomputed.
+
+A recipe is checked when it is made; ``make_step`` and ``start_run`` turn it into a program and the state it begins with.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from edgejax.core.arrays import PyTree
+from edgejax.core.errors import ConfigError
+from edgejax.memory.remat import check_kept
+from edgejax.memory.tiles import check_tile
+from edgejax.models import Decoder, LoraConfig, ModelConfig, init_lora
+from edgejax.optim import stochastic_rounding
+from edgejax.train.held import hold_weights
+from edgejax.train.layerwise import make_layerwise_step
+from edgejax.train.layerwise_state import check_layerwise, init_layerwise
+from edgejax.train.optimizers import make_optimizer
+from edgejax.train.state import TrainState, init_state
+from edgejax.train.updater import CLIP_KINDS
+from edgejax.train.whole import Mode, make_train_step
+
+SCHEDULES = ("whole", "layerwise")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepRecipe:
+    """The choices behind a compiled step.
+
+    Raises:
+      ConfigError: an unknown name, a value out of range, or choices that do not go together.
+
+    Example:
+      >>> StepRecipe(mode="full", schedule="layerwise", optimizer="adamw4bit", bfloat16=True).clips_by
+      'previous'
+    """
+
+    mode: Mode = "lora"
+    schedule: str = "whole"
+    optimizer: str = "adamw"
+    optimizer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    learning_rate: float | optax.Schedule = 5e-4
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    clip_by: str | None = None  # global, layer or previous; None: global with whole, previous with layerwise
+    remat: str = "full"
+    boundaries: str = "f32"
+    mlp_tile: int | None = None
+    bfloat16: bool = False  # trained matrices in bfloat16 with stochastic rounding, no float32 copy
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(
+                f"no schedule of steps named {self.schedule!r}; there are: {', '.join(SCHEDULES)}"
+            )
+        check_kept(self.remat, self.boundaries)
+        check_tile(self.mlp_tile)
+        if self.bfloat16 and self.mode != "full":
+            raise ConfigError(
+                "adapters are held in float32: bfloat16 weights are an option of full-parameter training"
+            )
+        if self.schedule == "whole" and self.clips_by != "global":
+            raise ConfigError(
+                f"the schedule whole has the whole gradient and clips by its global norm, not by {self.clip_by!r}"
+            )
+        if self.schedule == "layerwise":
+            if self.clip_norm is not None and self.clips_by not in CLIP_KINDS:
+                raise ConfigError(
+                    f"the layerwise schedule cannot clip by the {self.clips_by} norm, which needs the whole gradient; it "
+                    f"can by: {', '.join(CLIP_KINDS)}. Or use the schedule whole."
+                )
+            if self.remat != "full":
+                raise ConfigError(
+                    f"the layerwise schedule recomputes each layer (remat full), so remat {self.remat!r} cannot be "
+                    "honoured; the schedule whole can"
+                )
+        optimizer = self.make_optimizer()
+        if self.schedule == "layerwise":
+            check_layerwise(optimizer)
+
+    @property
+    def clips_by(self) -> str:
+        """The norm that is clipped by."""
+        return self.clip_by or ("global" if self.schedule == "whole" else "previous")
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """The transformation that the step applies, clipping by the global norm included where it does that."""
+        optimizer = make_optimizer(
+            self.optimizer,
+            self.learning_rate,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm if self.schedule == "whole" else None,
+            options=self.optimizer_options,
+        )
+        return optax.chain(optimizer, stochastic_rounding(self.seed)) if self.bfloat16 else optimizer
+
+
+def make_step(recipe: StepRecipe, config: ModelConfig, lora: LoraConfig | None) -> Any:
+    """The jitted step ``(state, frozen, batch [A, B, T]) -> (state, metrics)``; the state is donated."""
+    decoder = Decoder(config, lora, recipe.mlp_tile)
+    optimizer = recipe.make_optimizer()
+    if recipe.schedule == "layerwise":
+        return make_layerwise_step(
+            decoder,
+            optimizer,
+            mode=recipe.mode,
+            boundaries=recipe.boundaries,
+            clip_norm=recipe.clip_norm,
+            clip_by=recipe.clips_by,
+        )
+    return make_train_step(
+        decoder, optimizer, mode=recipe.mode, remat=recipe.remat, boundaries=recipe.boundaries
+    )
+
+
+def start_run(
+    recipe: StepRecipe, config: ModelConfig, params: PyTree, lora: LoraConfig | None
+) -> tuple[PyTree, TrainState]:
+    """``(frozen, state)`` before the first step. Trained leaves are never the model's own buffers: the step donates.
+
+    One program makes it all: the code of each small program stays in memory, some megabytes of it.
+    """
+    optimizer = recipe.make_optimizer()
+
+    def begin(trainable: PyTree) -> TrainState:
+        if recipe.schedule == "layerwise":
+            return TrainState(jnp.zeros((), jnp.int32), trainable, init_layerwise(trainable, optimizer))
+        return init_state(trainable, optimizer)
+
+    if lora is not None:
+        from_adapters = lambda key: begin(init_lora(config, lora, key))  # noqa: E731
+        return params, jax.jit(from_adapters)(jax.random.key(recipe.seed))
+    from_params = lambda params: begin(hold_weights(params, bfloat16=recipe.bfloat16))  # noqa: E731
+    return {}, jax.jit(from_params)(params)

@@ -1,0 +1,259 @@
+"""The ``streamed`` schedule: a host loop over layers whose frozen weights are mapped from a file.
+
+Two small programs run L times a step, one layer forward and one layer backward with its update; beside them one for the
+embedding and one for the head. A layer's packed weights are pages of the file, mapped without a copy while its program
+runs and given back afterwards, so a model may be larger than memory (as MeBP, Song and Tang 2025, arXiv 2510.03425,
+does it on phones). What stays in memory is the adapters, their optimizer's state and the stored inputs of the layers,
+which can be narrow (``memory.residuals``) or spilled to a file.
+
+It computes what ``layerwise`` does with adapters.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from edgejax.core.arrays import PyTree
+from edgejax.core.errors import ConfigError, RunError
+from edgejax.core.in_place import replace_row
+from edgejax.data.batch import Batch
+from edgejax.models import Decoder
+from edgejax.train.layerwise_state import LayerwiseState
+from edgejax.train.passes import Passes, mean_factor, row_of
+from edgejax.train.state import TrainState
+from edgejax.train.updater import Updater
+from edgejax.train.whole import Metrics
+
+
+class LayerSource(Protocol):
+    """Frozen weights, a layer at a time (``weights.PackedFile``)."""
+
+    def layer(self, index: int) -> PyTree:
+        """That layer's leaves, without a leading axis; views of mapped pages."""
+        ...
+
+    def tables(self) -> PyTree:
+        """Embedding, final norm and head; views too."""
+        ...
+
+    def prefetch(self, section: int | str) -> None:
+        """Begin to read a layer's pages."""
+        ...
+
+    def release(self, section: int | str) -> None:
+        """Give a layer's pages back."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raise WeightsError if the file is not what it was."""
+        ...
+
+
+def make_streamed_step(
+    decoder: Decoder,
+    optimizer: optax.GradientTransformation,
+    *,
+    boundaries: str = "f32",
+    clip_norm: float | None = None,
+    clip_by: str = "previous",
+    spill_to: Path | None = None,
+) -> Callable[[TrainState, LayerSource, Batch], tuple[TrainState, Metrics]]:
+    """Build the step ``(state, source, batch) -> (state, metrics)``, a host function; the state is donated.
+
+    Args:
+      decoder: the model's functions, with adapters.
+      optimizer: an optax transformation without clipping by the global norm.
+      boundaries: how inputs of layers are stored: f32, bf16 or int8.
+      clip_norm, clip_by: see ``updater``.
+      spill_to: a folder where stored inputs wait in a file that has no name; None keeps them in memory.
+
+    Returns:
+      The step. ``state.trainable`` are adapters and ``state.opt_state`` is what ``init_layerwise`` gives for them; the
+      batch has leaves ``[A, B, T]``.
+
+    Raises:
+      ConfigError: no adapters, an optimizer that needs the whole gradient, an unknown way to clip or to store.
+      WeightsError: from the step, if the file changed since it was opened.
+      RunError: from the step, if inputs cannot be spilled.
+    """
+    if decoder.lora is None:
+        raise ConfigError(
+            "the streamed schedule trains adapters beside frozen weights; it has no full-parameter training (layerwise has)"
+        )
+    passes = Passes(decoder, "lora", boundaries)
+    updater = Updater(optimizer, clip_norm, clip_by)
+    programs = _Programs(passes, updater)
+
+    def step(state: TrainState, source: LayerSource, batch: Batch):
+        source.check_unchanged()
+        batch = jax.tree.map(jnp.asarray, batch)
+        tables = _mapped(source.tables())
+        with _store(spill_to) as store:
+            carry = _forward(programs, source, tables, state.trainable["blocks"], batch, store.put)
+            head, n_tokens, per_token = programs.head(tables, carry[0], batch)
+            del tables
+            source.release("embed")
+            new, metrics = _backward(programs, source, state, batch, store.take, carry[1], head)
+        metrics |= {"loss": head.loss_sum.sum() * per_token, "n_tokens": n_tokens}
+        return new, metrics
+
+    return step
+
+
+def make_streamed_eval(
+    decoder: Decoder,
+) -> Callable[[PyTree, LayerSource, Batch], tuple[jax.Array, jax.Array]]:
+    """Build ``(adapters, source, batch [B, T]) -> (loss sum, counted tokens)``, a host function."""
+    programs = _Programs(Passes(decoder, "lora", "f32"), None)
+    loss = jax.jit(lambda tables, h, batch: decoder.head_loss(tables, h[0], batch, frozen=True))
+
+    def evaluate(adapters: PyTree, source: LayerSource, batch: Batch):
+        source.check_unchanged()
+        batch = jax.tree.map(jnp.asarray, batch)
+        one = jax.tree.map(lambda leaf: leaf[None], batch)
+        tables = _mapped(source.tables())
+        h, _ = _forward(programs, source, tables, adapters["blocks"], one, lambda stored: None)
+        found = jax.block_until_ready(loss(tables, h, batch))
+        source.release("embed")
+        return found
+
+    return evaluate
+
+
+def _forward(programs: "_Programs", source: LayerSource, tables, adapters, batch: Batch, put):
+    carry = programs.embed(tables, batch)
+    for layer in range(programs.n_layers):
+        with _layer(source, layer, layer + 1, programs.n_layers) as block:
+            carry, stored = programs.forward(block, adapters, carry, batch, layer)
+            put(jax.block_until_ready(stored))
+            jax.block_until_ready(carry)
+    return carry
+
+
+def _backward(
+    programs: "_Programs", source: LayerSource, state: TrainState, batch: Batch, take, reference, head
+):
+    adapters, opt_state = state.trainable["blocks"], state.opt_state
+    factor = programs.factor(opt_state.grad_norm)
+    stacks, passed_on = (adapters, opt_state.blocks), (head.dh, reference, jnp.float32(0))
+    for layer in reversed(range(programs.n_layers)):
+        with _layer(source, layer, layer - 1, programs.n_layers) as block:
+            stacks, passed_on = programs.backward(stacks, passed_on, take(), block, batch, layer, factor)
+            jax.block_until_ready((stacks, passed_on))
+    norm = jnp.sqrt(passed_on[2])
+    new = TrainState(state.step + 1, {"blocks": stacks[0]}, LayerwiseState(stacks[1], {}, None, norm))
+    return new, {"grad_norm": norm}
+
+
+class _Programs:
+    """The compiled functions of one layer; each is compiled at its first call and serves all layers."""
+
+    def __init__(self, passes: Passes, updater: Updater | None):
+        flags = passes.decoder.sliding_flags()
+        sliding = lambda layer: None if flags is None else jnp.asarray(flags)[layer]  # noqa: E731
+        self.n_layers = passes.decoder.config.n_layers
+
+        @jax.jit
+        def head(tables, h, batch):
+            n_tokens, per_token = mean_factor(batch)
+            return passes.head(tables, h, batch, per_token), n_tokens, per_token
+
+        @jax.jit
+        def forward(block, adapters, carry, batch, layer):
+            return passes.layer_forward(block, row_of(adapters, layer), carry, batch, layer, sliding(layer))
+
+        def backward(stacks, passed_on, stored, block, batch, layer, factor):
+            def on_row(row, passed_on):
+                return passes.layer_backward(
+                    *row, block, passed_on, stored, batch, layer, sliding(layer), (updater, factor)
+                )
+
+            return replace_row(stacks, layer, on_row, passed_on)
+
+        self.embed = jax.jit(passes.embed)
+        self.forward, self.head = forward, head
+        self.backward = jax.jit(backward, donate_argnums=(0, 1))
+        self.factor = (lambda norm: jnp.float32(1)) if updater is None else jax.jit(updater.factor_of_step)
+
+
+@contextlib.contextmanager
+def _layer(source: LayerSource, layer: int, following: int, n_layers: int) -> Iterator[PyTree]:
+    """A layer's mapped leaves; the next one is being read meanwhile, and the pages go back afterwards."""
+    if 0 <= following < n_layers:
+        source.prefetch(following)
+    yield _mapped(source.layer(layer))
+    source.release(layer)
+
+
+def _mapped(leaves: PyTree) -> PyTree:
+    """Device arrays over the mapped pages: on CPU without a copy."""
+    return jax.tree.map(jax.device_put, leaves)
+
+
+class _Stack:
+    """Stored inputs in memory, taken in the opposite order."""
+
+    def __init__(self) -> None:
+        self._stored: list[PyTree] = []
+
+    def put(self, stored: PyTree) -> None:
+        self._stored.append(stored)
+
+    def take(self) -> PyTree:
+        return self._stored.pop()
+
+
+class _SpilledStack:
+    """Stored inputs in a file, taken in the opposite order."""
+
+    def __init__(self, file: Any, folder: Path) -> None:
+        self._file, self._folder = file, folder
+        self._forms: list[tuple[Any, list[tuple[int, tuple[int, ...], Any]]]] = []
+
+    def put(self, stored: PyTree) -> None:
+        leaves, treedef = jax.tree.flatten(stored)
+        places = []
+        try:
+            for leaf in map(np.asarray, leaves):
+                places.append((self._file.seek(0, 2), leaf.shape, leaf.dtype))
+                self._file.write(np.ascontiguousarray(leaf).data)
+            self._file.flush()
+        except OSError as error:
+            raise RunError(
+                f"the inputs of layers cannot be spilled to {self._folder}: {error.strerror or error}. Free space or choose "
+                "another folder, then resume."
+            ) from error
+        self._forms.append((treedef, places))
+
+    def take(self) -> PyTree:
+        treedef, places = self._forms.pop()
+        leaves = []
+        for start, shape, dtype in places:
+            self._file.seek(start)
+            data = self._file.read(int(np.prod(shape)) * dtype.itemsize)
+            leaves.append(jnp.asarray(np.frombuffer(data, dtype).reshape(shape)))
+        if places:
+            self._file.truncate(places[0][0])
+        return jax.tree.unflatten(treedef, leaves)
+
+
+@contextlib.contextmanager
+def _store(folder: Path | None) -> Iterator[_Stack | _SpilledStack]:
+    if folder is None:
+        yield _Stack()
+        return
+    try:
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed below
+    except OSError as error:
+        raise RunError(
+            f"the inputs of layers cannot be spilled to {folder}: {error.strerror or error}; choose another folder"
+        ) from error
+    with file:
+        yield _SpilledStack(file, folder)

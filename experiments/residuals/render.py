@@ -1,0 +1,73 @@
+"""The tables in this folder's README.md from the newest result: ``python experiments/residuals/render.py``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
+
+
+def newest() -> Path:
+    """The result file that the tables are made from."""
+    return max((HERE / "results").glob("*.json"))
+
+
+def render(path: Path) -> str:
+    """Both tables."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    results, source = record["results"], f"[{path.name}](results/{path.name})"
+    return "\n\n".join(
+        [
+            f"From {source}, on {record['device']['cpu']}. The worst layer of {_n_layers(results)}; in brackets the median.",
+            _gradients(results),
+            "XLA temp of a LoRA training step, compiled for this CPU (MB = 10^6 bytes):",
+            _temps(results["step_temp_bytes"]),
+        ]
+    )
+
+
+def _n_layers(results: dict[str, Any]) -> int:
+    return len(next(iter(next(iter(results["gradients"].values())).values()))["cosine"])
+
+
+def _gradients(results: dict[str, Any]) -> str:
+    states = list(results["gradients"])
+    f32 = results["stored_bytes"]["f32"] / 4
+    lines = [
+        "| remat, boundaries | bytes a value | "
+        + " | ".join(f"cosine {state} | norm off by" for state in states)
+        + " |",
+        "|---|--:|" + "--:|--:|" * len(states),
+    ]
+    for name, stored in results["stored_bytes"].items():
+        cells = [name, f"{stored / f32:.3f}"]
+        for state in states:
+            found = results["gradients"][state][name]
+            cosines = sorted(found["cosine"])
+            cells.append(f"{cosines[0]:.6f} ({cosines[len(cosines) // 2]:.6f})")
+            cells.append(f"{max(abs(ratio - 1) for ratio in found['norm_ratio']):.2%}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _temps(found: dict[str, dict[str, int]]) -> str:
+    shapes = list(found)
+    lines = ["| | " + " | ".join(shapes) + " |", "|---|" + "--:|" * len(shapes)]
+    for name in found[shapes[0]]:
+        lines.append(
+            f"| {name} | " + " | ".join(f"{found[shape][name] / 1e6:.1f}" for shape in shapes) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the tables between the two markers."""
+    readme = HERE / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{render(newest())}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

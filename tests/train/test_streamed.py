@@ -1,0 +1,144 @@
+"""The streamed schedule computes what the whole one does, from a mapped file."""
+
+import errno
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from export_cases import CONFIGS, LORAS, random_adapters
+from helpers.steps import after, assert_close, batch, start
+
+from edgejax.cli.bench_inputs import _RandomSource
+from edgejax.core.errors import ConfigError, RunError, WeightsError
+from edgejax.models import Decoder, LoraConfig, ModelConfig, loss
+from edgejax.optim import adamw
+from edgejax.train import init_layerwise, init_state, make_streamed_eval, make_streamed_step, make_train_step
+from edgejax.weights import Origin, open_packed, write_packed
+
+SHAPE = (2, 1, 24)
+RATE = {"eps": 1e-3, "weight_decay": 0.01}
+
+
+def packed(config: ModelConfig, path, base="int4"):
+    """Random weights in a packed file; int4 needs rows of a multiple of 32."""
+    origin = Origin(name="random", format="random", sha256="", base=base)
+    write_packed(path, _RandomSource(config, 0), origin=origin, base=base)
+    return open_packed(path)
+
+
+def on_device(source):
+    return jax.tree.map(jnp.asarray, source.load())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_adapters_are_those_of_whole_after_five_steps(family, tmp_path):
+    config, lora = CONFIGS[family], LORAS["all"]
+    source = packed(config, tmp_path / "m.ejx")
+    adapters, optimizer = random_adapters(config, lora), adamw(1e-2, **RATE)
+    batches = [batch(config, seed, SHAPE) for seed in range(5)]
+    decoder = Decoder(config, lora)
+    theirs, expected = after(
+        make_train_step(decoder, optimizer, mode="lora"),
+        start(adapters, optimizer, init_state),
+        on_device(source),
+        batches,
+    )
+    ours, found = after(
+        make_streamed_step(decoder, optimizer), start(adapters, optimizer, init_layerwise), source, batches
+    )
+    assert_close(ours.trainable, theirs.trainable)
+    assert found[-1] == pytest.approx(expected[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("boundaries", ["f32", "bf16", "int8"])
+def test_spilled_inputs_are_the_same_bits(boundaries, tmp_path):
+    config, lora = CONFIGS["qwen3"], LORAS["all"]
+    source = packed(config, tmp_path / "m.ejx")
+    adapters, optimizer = random_adapters(config, lora), adamw(1e-2, **RATE)
+    batches = [batch(config, seed, SHAPE) for seed in range(2)]
+    kept, spilled = (
+        after(
+            make_streamed_step(Decoder(config, lora), optimizer, boundaries=boundaries, clip_norm=0.1, spill_to=folder),
+            start(adapters, optimizer, init_layerwise), source, batches,
+        )[0]
+        for folder in (None, tmp_path)
+    )  # fmt: skip
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(spilled), strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.ejx"]
+
+
+def test_the_held_out_loss_is_that_of_the_model(tmp_path):
+    config, lora = CONFIGS["gemma3"], LORAS["all"]
+    source = packed(config, tmp_path / "m.ejx")
+    adapters, decoder = random_adapters(config, lora), Decoder(config, lora)
+    rows = jax.tree.map(lambda leaf: leaf[0], batch(config, 0, SHAPE))
+    found = make_streamed_eval(decoder)(adapters, source, rows)
+    wanted = loss(decoder, on_device(source), adapters, rows)
+    assert float(found[0]) == pytest.approx(float(wanted[0]), rel=1e-6)
+    assert int(found[1]) == int(wanted[1])
+
+
+def test_a_file_that_changes_under_the_run_stops_it_with_the_state_whole(tmp_path):
+    config, lora = CONFIGS["llama"], LORAS["all"]
+    source = packed(config, tmp_path / "m.ejx")
+    optimizer = adamw(1e-2)
+    step = make_streamed_step(Decoder(config, lora), optimizer)
+    state = start(random_adapters(config, lora), optimizer, init_layerwise)
+    state, _ = step(state, source, batch(config, 0, SHAPE))
+    os.utime(tmp_path / "m.ejx", (1, 1))
+    with pytest.raises(WeightsError, match="changed"):
+        step(state, source, batch(config, 1, SHAPE))
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.trainable))
+
+
+def test_a_full_disk_or_a_missing_folder_for_spilled_inputs_is_named(tmp_path, monkeypatch):
+    config, lora = CONFIGS["llama"], LORAS["all"]
+    source = packed(config, tmp_path / "m.ejx")
+    optimizer = adamw(1e-2)
+    state = start(random_adapters(config, lora), optimizer, init_layerwise)
+    missing = make_streamed_step(Decoder(config, lora), optimizer, spill_to=tmp_path / "none")
+    with pytest.raises(RunError, match="none.*choose another folder"):
+        missing(state, source, batch(config, 0, SHAPE))
+
+    class Full:
+        def seek(self, *where):
+            return 0
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc_info):
+            pass
+
+    monkeypatch.setattr("edgejax.train.streamed.tempfile.TemporaryFile", lambda dir: Full())
+    full = make_streamed_step(Decoder(config, lora), optimizer, spill_to=tmp_path)
+    with pytest.raises(RunError, match="No space left on device.*another folder"):
+        full(state, source, batch(config, 0, SHAPE))
+
+
+def test_full_parameter_training_is_refused():
+    with pytest.raises(ConfigError, match="layerwise has"):
+        make_streamed_step(Decoder(CONFIGS["llama"]), adamw(1e-3))
+
+
+def test_one_program_serves_all_layers(tmp_path):
+    config = ModelConfig(**{**vars(CONFIGS["llama"]), "n_layers": 5})
+    lora = LoraConfig(rank=2)
+    source = packed(config, tmp_path / "m.ejx")
+    optimizer = adamw(1e-2)
+    step = make_streamed_step(Decoder(config, lora), optimizer)
+    state = start(random_adapters(config, lora), optimizer, init_layerwise)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _, **rest: compiled.append(name) if "backend_compile" in name else None
+    )
+    after(step, state, source, [batch(config, seed, SHAPE) for seed in range(3)])
+    assert (
+        0 < len(compiled) < 20
+    )  # embed, forward, head, backward, and small ones of JAX's own; not 5 layers of them
