@@ -2,7 +2,10 @@
 
 import dataclasses
 import hashlib
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,6 +13,7 @@ import numpy as np
 
 from edgejax.cli.bench_settings import BenchSettings
 from edgejax.core.arrays import PyTree
+from edgejax.core.cache import cache_dir
 from edgejax.core.errors import ConfigError, WeightsError
 from edgejax.data import Batch
 from edgejax.data.corpora import python_reference
@@ -21,6 +25,7 @@ from edgejax.weights.form import Form, float_form
 from edgejax.weights.leaves import check_base
 from edgejax.weights.load import abstract_params, load_params, open_model
 from edgejax.weights.names import LeafName, leaf_names
+from edgejax.weights.packed_file import open_packed
 
 TEXT = "python-reference"
 
@@ -63,7 +68,7 @@ class BenchInputs(NamedTuple):
 
     Attributes:
       config: the decoder's.
-      abstract_params: shapes and dtypes of the base as it is held.
+      abstract_params: shapes and dtypes of the base as it is held; with the schedule streamed, the packed file.
       load: reads or makes the base.
       batch_at: leaves ``[A, B, T]`` of a step, by its number; every position holds a token that counts.
       hashes: SHA-256 of the model's file and of the tokens.
@@ -83,6 +88,8 @@ def open_inputs(settings: BenchSettings) -> BenchInputs:
       ConfigError, WeightsError, DataError: what cannot be loaded.
     """
     base = "f32" if settings.mode == "full" and not settings.bfloat16 else settings.base
+    if settings.schedule == "streamed":
+        return _packed_inputs(settings)
     if settings.random_weights:
         return _random_inputs(settings, base)
     model = open_model(settings.model, base=check_base(base))
@@ -147,6 +154,27 @@ def _random_inputs(settings: BenchSettings, base: str) -> BenchInputs:
 
     shapes = abstract_params(source, check_base(base))
     return BenchInputs(config, shapes, make, _batches(tokens, settings), {"tokens": _sha256(tokens)})
+
+
+def _packed_inputs(settings: BenchSettings) -> BenchInputs:
+    """A packed file: the one that is named, or one made of the model in a process of its own, and kept."""
+    path = Path(settings.model)
+    if settings.random_weights or not path.is_file():
+        path = cache_dir() / "packed" / f"{path.name}-{settings.base}-{settings.seed}.ejx"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            random = ["--random-weights", "--seed", str(settings.seed)] if settings.random_weights else []
+            named = ["--model", settings.model, "--base", settings.base, "--out", str(path)]
+            command = [sys.executable, "-m", "edgejax", "pack", *named, *random]
+            if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+                raise WeightsError(f"{settings.model} could not be packed to {path}")
+    source = open_packed(path)
+    _check_length(settings, source.config)
+    tokens = np.random.default_rng(settings.seed).integers(
+        0, source.config.vocab_size, _tokens_needed(settings), dtype=np.int32
+    )
+    hashes = {"model": source.sha256, "tokens": _sha256(tokens)}
+    return BenchInputs(source.config, source, lambda: source, _batches(tokens, settings), hashes)
 
 
 def _check_length(settings: BenchSettings, config: ModelConfig) -> None:

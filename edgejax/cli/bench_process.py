@@ -62,7 +62,7 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
     from edgejax.models import LoraConfig
     from edgejax.train.programs import abstract
     from edgejax.train.receipt import make_receipt
-    from edgejax.train.recipe import make_step, start_run
+    from edgejax.train.recipe import abstract_run, make_step, start_run
 
     return_large_blocks_at_once()
     jax.devices()
@@ -73,11 +73,8 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
     recipe = settings.recipe()
     step_fn = make_step(recipe, inputs.config, lora)
 
-    def start(params):
-        return start_run(recipe, inputs.config, params, lora)
-
     def compile_for(params):
-        frozen, state = jax.eval_shape(start, params)
+        frozen, state = abstract_run(recipe, inputs.config, params, lora)
         return step_fn.lower(state, frozen, inputs.batch_at(0)).compile()
 
     with AnonymousPeak() as anonymous:
@@ -87,24 +84,27 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
         forget_traces()
         after_compile = process_memory()
         params = inputs.load()
-        if abstract(params) != inputs.abstract_params:  # scales that float16 cannot hold
+        if (
+            params is not inputs.abstract_params and abstract(params) != inputs.abstract_params
+        ):  # scales that float16 cannot hold
             compiled = compile_for(params)
-        frozen, state = start(params)
+        frozen, state = start_run(recipe, inputs.config, params, lora)
+        counted = {} if settings.schedule == "streamed" else frozen  # mapped, not in memory
         del params
         release_freed_memory()
         keep_scratch()
         after_load = process_memory()
         sources = memory_report(
-            frozen=frozen,
+            frozen=counted,
             trainable=state.trainable,
             opt_state=state.opt_state,
             compiled=compiled,
             runtime_bytes=after_imports.rss_bytes,
         )
         shape = (settings.accumulate, settings.batch, settings.seq)
-        receipt = make_receipt(recipe, inputs.config, state, frozen, shape)
+        receipt = make_receipt(recipe, inputs.config, state, counted, shape)
         run = _Run(compiled, state, frozen, inputs.batch_at, settings.tokens_per_step)
-        del state, frozen
+        del state, frozen, counted
         run.step()
         first_step_s = process_age_s()
         for _ in range(settings.warmup):
@@ -152,6 +152,7 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
         "xla_generated_code_bytes": xla.generated_code_bytes,
         "peak_rss_bytes": memory.peak_rss_bytes,
         "peak_rss_anonymous_bytes": anonymous.peak_bytes,
+        "anonymous_above_idle_bytes": _above(anonymous.peak_bytes, after_imports.anonymous_bytes),
         "rss_after_imports_bytes": after_imports.rss_bytes,
         "rss_after_load_bytes": after_load.rss_bytes,
         "rss_after_compile_bytes": after_compile.rss_bytes,
@@ -189,6 +190,10 @@ def _in_turns(step: Callable[[], None], meter: "SustainedPeak", repeats: int) ->
         timings.append(sample(step, warmup=0, repeats=1))
         peaks.append(peak())
     return joined(timings), [(before + after) / 2 for before, after in itertools.pairwise(peaks)]
+
+
+def _above(peak: int | None, idle: int | None) -> int | None:
+    return None if peak is None or idle is None else peak - idle
 
 
 class _Run:

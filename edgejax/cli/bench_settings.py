@@ -9,7 +9,7 @@ from edgejax.core.errors import ConfigError
 if TYPE_CHECKING:
     from edgejax.train.recipe import StepRecipe
 
-SCHEDULES = ("whole", "layerwise")
+SCHEDULES = ("whole", "layerwise", "streamed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,8 @@ def _finetune(options: argparse.Namespace, lora: "LoraConfig | None", out: Path)
     runtime_bytes = process_memory().rss_bytes
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     model = open_model(options.model, base=options.base)
+    if options.schedule == "streamed":
+        options.sample_tokens = 0  # a sample would need the whole model in memory
     check_sample(options, need_tokenizer(model), model.config)
     rows = load_rows(options, need_tokenizer(model), model.config)
     settings = train_settings(options, rows.train)
@@ -197,6 +199,7 @@ def train_settings(options: argparse.Namespace, train: "PackedDataset") -> "Trai
         learning_rate=options.learning_rate,
         lr_schedule=options.lr_schedule,
         schedule=options.schedule,
+        spill_to=options.spill_to,
         warmup=options.warmup,
         weight_decay=options.weight_decay,
         clip_norm=options.clip,

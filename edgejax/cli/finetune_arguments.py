@@ -19,7 +19,7 @@ from edgejax.cli.options import (
 )
 from edgejax.core.errors import ConfigError
 
-SCHEDULES = ("whole", "layerwise")
+SCHEDULES = ("whole", "layerwise", "streamed")
 DEFAULT_STEPS = 100
 DEFAULT_RANK = 8
 DEFAULTS: dict[str, Any] = {
@@ -51,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "boundaries": "f32",
     "mlp_tile": None,
     "schedule": "whole",
+    "spill_to": None,
     "seed": 0,
     "out": None,
     "resume": False,
@@ -135,6 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mlp-tile", type=whole_number, metavar="N", help="positions of a row whose MLP values exist at once"
     )
     add("--schedule", metavar="NAME", help=f"how a step is run: {', '.join(SCHEDULES)}")
+    add("--spill-to", metavar="DIR", help="streamed: inputs of layers wait in a file there")
     add("--seed", type=int, help="of the adapters' start, the split and the order of rows")
 
     add = _adder(parser.add_argument_group("run"))

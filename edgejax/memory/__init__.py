@@ -1,6 +1,6 @@
 """What a training step keeps in memory: remat policies, the boundaries between layers, tiles."""
 
-from edgejax.memory.layer_stack import kept_boundaries, run_layers, sqrt_group
+from edgejax.memory.layer_stack import group_of, kept_boundaries, run_layers, sqrt_group
 from edgejax.memory.remat import KEPT_VALUES, POLICIES, check_kept, rematerialize
 from edgejax.memory.residuals import BOUNDARIES, Boundary, batch_key, boundary_named, layer_key, stored_bytes
 from edgejax.memory.tiles import check_tile, over_positions
@@ -14,6 +14,7 @@ __all__ = [
     "boundary_named",
     "check_kept",
     "check_tile",
+    "group_of",
     "kept_boundaries",
     "layer_key",
     "over_positions",

@@ -39,6 +39,11 @@ def sqrt_group(n_layers: int) -> int:
     return min(range(1, n_layers + 1), key=lambda k: (kept_boundaries(n_layers, k), k))
 
 
+def group_of(remat: str, n_layers: int) -> int:
+    """Layers of a group under a remat policy: ``sqrt_group`` for ``sqrt``, 1 for the others."""
+    return sqrt_group(n_layers) if remat == "sqrt" else 1
+
+
 def kept_boundaries(n_layers: int, group: int) -> int:
     """Boundaries that wait at once: one a group, and those inside of one group.
 

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 
 from edgejax.core.arrays import Array, ArrayLike, PyTree
 from edgejax.data.batch import Batch
-from edgejax.memory.layer_stack import run_layers, sqrt_group
+from edgejax.memory.layer_stack import group_of, run_layers
 from edgejax.memory.remat import check_kept, rematerialize
 from edgejax.memory.residuals import Boundary, batch_key, boundary_named
 from edgejax.models.decoder import Decoder
@@ -37,7 +37,7 @@ def hidden_states(
         return decoder.block(block_params, block_adapters, h, *shared, sliding)
 
     if remat == "sqrt" or boundaries != "f32":
-        group = sqrt_group(decoder.config.n_layers) if remat == "sqrt" else 1
+        group = group_of(remat, decoder.config.n_layers)
         storage = boundary_named(boundaries)
         return run_layers(one_layer, h, layers, shared, boundary=storage, group=group, key=batch_key(tokens))
     kept = rematerialize(lambda h, layer: (one_layer(h, layer, shared), None), remat)

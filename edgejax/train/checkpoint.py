@@ -139,8 +139,8 @@ class Checkpoints:
         """The newest whole checkpoint as ``(step, state, record)``; None if there is none at all.
 
         Args:
-          template: a tree of arrays with the structure, shapes, dtypes and placement to restore into. The arrays
-            that come back are fresh buffers that a jitted step can take by donation.
+          template: a tree of arrays with the structure, shapes, dtypes and placement to restore into: numpy arrays
+            come back as such, JAX arrays as fresh buffers that a jitted step can take by donation.
 
         Raises:
           RunError: the newest readable one belongs to another model, data set or settings, or none is whole.
@@ -178,6 +178,8 @@ class Checkpoints:
         if self._manager is None:
             import orbax.checkpoint as ocp
 
+            # In a run of many processes Orbax would wait for all of them, and only this one comes here.
+            alone = {jax.process_index()} if jax.process_count() > 1 else None
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
@@ -185,6 +187,9 @@ class Checkpoints:
                     todelete_subdir=_DELETED,
                     cleanup_tmp_directories=True,
                     enable_async_checkpointing=False,
+                    multiprocessing_options=ocp.options.MultiprocessingOptions(
+                        primary_host=jax.process_index() if alone else 0, active_processes=alone
+                    ),
                 ),
             )
         return self._manager
@@ -204,14 +209,15 @@ class Checkpoints:
                     "in another folder."
                 )
         wanted = _nonempty(template)
-        abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in wanted.items()}
+        abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         arrays = self._open().restore(step, args=args)["state"]
         if tree_sha256(arrays) != record["state_sha256"]:
             raise ValueError(
                 "its arrays do not match their SHA-256: the file was altered after it was written"
             )
-        arrays = _fresh_copy(arrays)
+        if any(isinstance(leaf, jax.Array) for leaf in arrays.values()):
+            arrays = _fresh_copy(arrays)
         leaves = [arrays.get(name, leaf) for name, leaf in tree_paths(template).items()]
         return jax.tree.unflatten(jax.tree.structure(template), leaves), record
 
@@ -225,6 +231,11 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         for entry in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(entry, ignore_errors=True)
+
+
+def _abstract(leaf: Any) -> Any:
+    sharding = getattr(leaf, "sharding", None)
+    return leaf if sharding is None else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 class _Foreign(Exception):

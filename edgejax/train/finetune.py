@@ -14,7 +14,7 @@ import jax
 from edgejax.core.allocator import keep_scratch, release_freed_memory
 from edgejax.core.arrays import PyTree
 from edgejax.core.cache import forget_traces
-from edgejax.core.errors import Interrupted, RunError
+from edgejax.core.errors import ConfigError, Interrupted, RunError
 from edgejax.core.host import package_versions
 from edgejax.data import PackedDataset
 from edgejax.measure.memory import MemoryReport, memory_report, process_memory
@@ -27,9 +27,11 @@ from edgejax.train.loop import LoopResult, StepFigures, log_evaluation, train_lo
 from edgejax.train.metrics import MetricsLog, read_metrics
 from edgejax.train.programs import Programs, compile_programs
 from edgejax.train.progress import LiveProgress, PlainProgress, Progress
+from edgejax.train.receipt import Receipt, make_receipt
 from edgejax.train.run_folder import RunFolder, write_json
 from edgejax.train.settings import TrainSettings
 from edgejax.train.signals import SignalGuard, signal_name
+from edgejax.train.streamed import LayerSource
 from edgejax.train.whole import Mode
 
 
@@ -46,6 +48,7 @@ class FinetuneResult:
     held_out_after: EvalResult
     tokens_per_s: float | None  # median over the steps, padding not counted
     seconds: float  # of this process, compiling and evaluations included
+    receipt: Receipt
     memory: MemoryReport
     figures: tuple[StepFigures, ...]  # of the steps of this process
 
@@ -64,6 +67,7 @@ class FinetuneResult:
             "tokens_per_s_median": self.tokens_per_s,
             "seconds": self.seconds,
             "memory": dataclasses.asdict(self.memory),
+            "receipt": self.receipt.to_json(),
             "versions": package_versions(),
         }
 
@@ -133,13 +137,19 @@ def finetune(
         )
         stack.callback(checkpoints.close)
         programs, loaded = _compile(model, train, settings, lora)
-        frozen, state = programs.start(jax.device_put(loaded.params))
+        streamed = settings.schedule == "streamed"
+        frozen, state = programs.start(programs.params if streamed else jax.device_put(loaded.params))
+        receipt = make_receipt(
+            programs.recipe, loaded.config, state, {} if streamed else frozen,
+            (settings.accumulate, settings.batch_size, train.seq_length),
+        )  # fmt: skip
         evaluate = _evaluator(programs, frozen, held_out, settings, guard)
 
         restored = checkpoints.restore(state) if resume else None
         start_step = 0 if restored is None else restored[0]
         keep_to_step = start_step if resume else None
         log = stack.enter_context(MetricsLog(folder.metrics_path, keep_to_step=keep_to_step))
+        log.append("receipt", step=start_step, **receipt.to_json())
         checkpoints.check_space(state)
         if 0 not in log.evaluations:
             first = evaluate(state.trainable)
@@ -171,8 +181,9 @@ def finetune(
             held_out_after=_eval_result(log.evaluations[loop.step]),
             tokens_per_s=_tokens_per_s(loop, folder.metrics_path),
             seconds=time.perf_counter() - started,
+            receipt=receipt,
             memory=memory_report(
-                frozen=frozen,
+                frozen={} if streamed else frozen,
                 trainable=loop.state.trainable,
                 opt_state=loop.state.opt_state,
                 compiled=programs.step,
@@ -188,6 +199,8 @@ def _compile(
     model: ModelLike | OpenedLike, train: PackedDataset, settings: TrainSettings, lora: LoraConfig | None
 ) -> tuple[Programs, ModelLike]:
     """The programs, and the model with its weights: read after compiling, where they were not read before."""
+    if settings.schedule == "streamed":
+        return compile_programs(model.config, _layer_source(model), settings, lora, train.seq_length), model  # type: ignore[return-value]
     if not isinstance(model, OpenedLike):
         return compile_programs(model.config, model.params, settings, lora, train.seq_length), model
     programs = compile_programs(model.config, model.abstract_params(), settings, lora, train.seq_length)
@@ -198,6 +211,16 @@ def _compile(
     if not programs.fit(loaded.params):  # scales that float16 cannot hold
         programs = compile_programs(loaded.config, loaded.params, settings, lora, train.seq_length)
     return programs, loaded
+
+
+def _layer_source(model: Any) -> LayerSource:
+    source: Any = getattr(model, "reader", None)
+    if not hasattr(source, "layer"):
+        raise ConfigError(
+            "the streamed schedule maps frozen weights from a packed file, layer by layer, and this model is none: make one "
+            "with `edgejax pack --model ... --out model.ejx`, then train --model model.ejx"
+        )
+    return source
 
 
 def _evaluator(

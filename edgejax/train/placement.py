@@ -43,6 +43,10 @@ class MeshReceipt:
     device_bytes: int  # of the part that a device of the mesh holds
     repeated: tuple[Repeated, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
     def __str__(self) -> str:
         text = f"{format_bytes(self.device_bytes)} a device of {format_bytes(self.whole_bytes)}"
         reasons: dict[str, list[Repeated]] = {}

@@ -14,12 +14,12 @@ import optax
 from edgejax.core.allocator import release_freed_memory
 from edgejax.core.arrays import PyTree
 from edgejax.data import Batch
-from edgejax.models import Decoder, LoraConfig, ModelConfig
+from edgejax.models import LoraConfig, ModelConfig
 from edgejax.train.learning_rate import make_schedule
-from edgejax.train.recipe import make_step, start_run
+from edgejax.train.recipe import StepRecipe, abstract_run, make_evaluation, make_step, start_run
 from edgejax.train.settings import TrainSettings
 from edgejax.train.state import TrainState
-from edgejax.train.whole import Mode, make_eval_step
+from edgejax.train.whole import Mode
 
 
 class Programs(NamedTuple):
@@ -27,6 +27,7 @@ class Programs(NamedTuple):
 
     Attributes:
       mode: ``lora`` or ``full``.
+      recipe: how a step is computed.
       schedule: the learning rate by step.
       start: from the model's parameters to ``(frozen, state)`` before the first step.
       step: compiled ``(state, frozen, batch [A, B, T]) -> (state, metrics)``; takes the state by donation.
@@ -35,6 +36,7 @@ class Programs(NamedTuple):
     """
 
     mode: Mode
+    recipe: StepRecipe
     schedule: optax.Schedule
     start: Callable[[PyTree], tuple[PyTree, TrainState]]
     step: Any
@@ -43,7 +45,7 @@ class Programs(NamedTuple):
 
     def fit(self, params: PyTree) -> bool:
         """Whether they were compiled for parameters like these."""
-        return abstract(params) == self.params
+        return params is self.params or abstract(params) == self.params
 
 
 def compile_programs(
@@ -53,7 +55,7 @@ def compile_programs(
 
     Args:
       config: the decoder.
-      params: its parameters, or their ``jax.ShapeDtypeStruct``s.
+      params: its parameters, or their ``jax.ShapeDtypeStruct``s; a ``LayerSource`` with the schedule streamed.
       settings: of the run.
       lora: which layers get adapters; None trains all parameters.
       seq_length: positions of a row, T.
@@ -74,17 +76,17 @@ def compile_programs(
     def start(params: PyTree) -> tuple[PyTree, TrainState]:
         return start_run(recipe, config, params, lora)
 
-    shapes = abstract(params)
-    frozen, state = jax.eval_shape(start, shapes)
+    shapes = params if recipe.schedule == "streamed" else abstract(params)
+    frozen, state = abstract_run(recipe, config, shapes, lora)
     step: Any = make_step(recipe, config, lora)
-    evaluate: Any = make_eval_step(Decoder(config, lora, settings.mlp_tile), mode=mode)
+    evaluate: Any = make_evaluation(recipe, config, lora)
     rows = (settings.batch_size, seq_length)
     compiled = (
         step.lower(state, frozen, abstract_batch(settings.accumulate, *rows)).compile(),
         evaluate.lower(state.trainable, frozen, abstract_batch(*rows)).compile(),
     )
     release_freed_memory()
-    return Programs(mode, schedule, start, *compiled, shapes)
+    return Programs(mode, recipe, schedule, start, *compiled, shapes)
 
 
 def abstract(tree: PyTree) -> PyTree:

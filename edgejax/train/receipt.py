@@ -13,6 +13,7 @@ import jax
 from edgejax.core.arrays import PyTree
 from edgejax.core.trees import tree_bytes, tree_paths
 from edgejax.core.units import format_bytes
+from edgejax.memory.layer_stack import group_of, kept_boundaries
 from edgejax.memory.residuals import boundary_named
 from edgejax.models import ModelConfig
 from edgejax.optim.moments import SMALLEST_QUANTIZED, QuantizedMoment
@@ -94,10 +95,11 @@ def make_receipt(
     ]
     micro_steps, *rows = batch_shape
     at_once = micro_steps if recipe.schedule != "whole" else 1
+    waiting = kept_boundaries(config.n_layers, group_of(recipe.remat, config.n_layers))
     stored = boundary_named(recipe.boundaries).stored_bytes((*rows, config.d_model))
     return Receipt(
         trees=tuple(tree for tree in trees if tree.n_bytes),
-        boundaries_bytes=at_once * config.n_layers * stored,
+        boundaries_bytes=at_once * waiting * stored,
         gradients_bytes=4 * _gradient_elements(recipe, config, state.trainable),
         trained_parameters=_elements(state.trainable),
     )

@@ -5,6 +5,7 @@ A recipe is checked when it is made; ``make_step`` and ``start_run`` turn it int
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,10 +23,11 @@ from edgejax.train.layerwise import make_layerwise_step
 from edgejax.train.layerwise_state import check_layerwise, init_layerwise
 from edgejax.train.optimizers import make_optimizer
 from edgejax.train.state import TrainState, init_state
+from edgejax.train.streamed import make_streamed_eval, make_streamed_step
 from edgejax.train.updater import CLIP_KINDS
-from edgejax.train.whole import Mode, make_train_step
+from edgejax.train.whole import Mode, make_eval_step, make_train_step
 
-SCHEDULES = ("whole", "layerwise")
+SCHEDULES = ("whole", "layerwise", "streamed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class StepRecipe:
     boundaries: str = "f32"
     mlp_tile: int | None = None
     bfloat16: bool = False  # trained matrices in bfloat16 with stochastic rounding, no float32 copy
+    spill_to: Path | None = None  # streamed: a folder where inputs of layers wait instead of in memory
     seed: int = 0
 
     def __post_init__(self):
@@ -65,23 +68,31 @@ class StepRecipe:
             raise ConfigError(
                 "adapters are held in float32: bfloat16 weights are an option of full-parameter training"
             )
+        if self.spill_to is not None and self.schedule != "streamed":
+            raise ConfigError(
+                f"the schedule {self.schedule} keeps inputs of layers in memory; only streamed can spill them"
+            )
         if self.schedule == "whole" and self.clips_by != "global":
             raise ConfigError(
                 f"the schedule whole has the whole gradient and clips by its global norm, not by {self.clip_by!r}"
             )
-        if self.schedule == "layerwise":
+        if self.schedule == "streamed" and self.mode != "lora":
+            raise ConfigError(
+                "the streamed schedule trains adapters beside frozen weights; for all parameters use layerwise or whole"
+            )
+        if self.schedule != "whole":
             if self.clip_norm is not None and self.clips_by not in CLIP_KINDS:
                 raise ConfigError(
-                    f"the layerwise schedule cannot clip by the {self.clips_by} norm, which needs the whole gradient; it "
+                    f"the {self.schedule} schedule cannot clip by the {self.clips_by} norm, which needs the whole gradient; it "
                     f"can by: {', '.join(CLIP_KINDS)}. Or use the schedule whole."
                 )
             if self.remat != "full":
                 raise ConfigError(
-                    f"the layerwise schedule recomputes each layer (remat full), so remat {self.remat!r} cannot be "
+                    f"the {self.schedule} schedule recomputes each layer (remat full), so remat {self.remat!r} cannot be "
                     "honoured; the schedule whole can"
                 )
         optimizer = self.make_optimizer()
-        if self.schedule == "layerwise":
+        if self.schedule != "whole":
             check_layerwise(optimizer)
 
     @property
@@ -102,34 +113,43 @@ class StepRecipe:
 
 
 def make_step(recipe: StepRecipe, config: ModelConfig, lora: LoraConfig | None) -> Any:
-    """The jitted step ``(state, frozen, batch [A, B, T]) -> (state, metrics)``; the state is donated."""
+    """The step ``(state, frozen, batch [A, B, T]) -> (state, metrics)``; the state is donated.
+
+    It is a jitted function, or with ``streamed`` an object that is called, lowered and compiled like one.
+    """
     decoder = Decoder(config, lora, recipe.mlp_tile)
     optimizer = recipe.make_optimizer()
+    parts: Any = {"boundaries": recipe.boundaries, "clip_norm": recipe.clip_norm, "clip_by": recipe.clips_by}
     if recipe.schedule == "layerwise":
-        return make_layerwise_step(
-            decoder,
-            optimizer,
-            mode=recipe.mode,
-            boundaries=recipe.boundaries,
-            clip_norm=recipe.clip_norm,
-            clip_by=recipe.clips_by,
-        )
+        return make_layerwise_step(decoder, optimizer, mode=recipe.mode, **parts)
+    if recipe.schedule == "streamed":
+        return make_streamed_step(decoder, optimizer, spill_to=recipe.spill_to, **parts)
     return make_train_step(
         decoder, optimizer, mode=recipe.mode, remat=recipe.remat, boundaries=recipe.boundaries
+    )
+
+
+def make_evaluation(recipe: StepRecipe, config: ModelConfig, lora: LoraConfig | None) -> Any:
+    """``(trainable, frozen, batch [B, T]) -> (loss sum, counted tokens)``, lowered and compiled like the step."""
+    decoder = Decoder(config, lora, recipe.mlp_tile)
+    return (
+        make_streamed_eval(decoder)
+        if recipe.schedule == "streamed"
+        else make_eval_step(decoder, mode=recipe.mode)
     )
 
 
 def start_run(
     recipe: StepRecipe, config: ModelConfig, params: PyTree, lora: LoraConfig | None
 ) -> tuple[PyTree, TrainState]:
-    """``(frozen, state)`` before the first step. Trained leaves are never the model's own buffers: the step donates.
+    """``(frozen, state)`` before the first step; ``params`` are a ``LayerSource`` with ``streamed``. Trained leaves are never the model's own buffers: the step donates.
 
     One program makes it all: the code of each small program stays in memory, some megabytes of it.
     """
     optimizer = recipe.make_optimizer()
 
     def begin(trainable: PyTree) -> TrainState:
-        if recipe.schedule == "layerwise":
+        if recipe.schedule != "whole":
             return TrainState(jnp.zeros((), jnp.int32), trainable, init_layerwise(trainable, optimizer))
         return init_state(trainable, optimizer)
 
@@ -138,3 +158,12 @@ def start_run(
         return params, jax.jit(from_adapters)(jax.random.key(recipe.seed))
     from_params = lambda params: begin(hold_weights(params, bfloat16=recipe.bfloat16))  # noqa: E731
     return {}, jax.jit(from_params)(params)
+
+
+def abstract_run(
+    recipe: StepRecipe, config: ModelConfig, params: PyTree, lora: LoraConfig | None
+) -> tuple[PyTree, TrainState]:
+    """Shapes of what ``start_run`` gives, from shapes of the parameters; a layer source stays what it is."""
+    if recipe.schedule == "streamed":
+        return params, jax.eval_shape(lambda: start_run(recipe, config, {}, lora)[1])
+    return jax.eval_shape(lambda params: start_run(recipe, config, params, lora), params)

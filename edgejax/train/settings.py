@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import optax
@@ -14,7 +15,14 @@ from edgejax.train.recipe import StepRecipe
 from edgejax.train.whole import Mode
 
 # Changing these between stop and resume changes no trained bit.
-_NOT_IN_FINGERPRINT = ("log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints")
+_NOT_IN_FINGERPRINT = (
+    "spill_to",
+    "log_every",
+    "eval_every",
+    "eval_rows",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,8 @@ class TrainSettings:
     clip_by: str | None = (
         None  # global, layer or previous (train.layerwise); None: the first that the schedule can
     )
-    schedule: str = "whole"  # how a step is run: whole or layerwise
+    schedule: str = "whole"  # how a step is run: whole, layerwise or streamed
+    spill_to: str | None = None  # streamed: a folder where inputs of layers wait instead of in memory
     remat: str = "full"  # what a layer keeps for the backward pass: a policy of memory.remat
     boundaries: str = "f32"  # how the inputs of layers wait for it: f32, bf16 or int8 (memory.residuals)
     mlp_tile: int | None = None  # positions of a row whose MLP values exist at once; None: all
@@ -117,6 +126,7 @@ class TrainSettings:
             remat=self.remat,
             boundaries=self.boundaries,
             mlp_tile=self.mlp_tile,
+            spill_to=None if self.spill_to is None else Path(self.spill_to),
             bfloat16=self.bfloat16,
             seed=self.seed,
         )

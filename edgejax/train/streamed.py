@@ -10,8 +10,9 @@ It computes what ``layerwise`` does with adapters.
 """
 
 import contextlib
+import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,7 +65,7 @@ def make_streamed_step(
     clip_norm: float | None = None,
     clip_by: str = "previous",
     spill_to: Path | None = None,
-) -> Callable[[TrainState, LayerSource, Batch], tuple[TrainState, Metrics]]:
+) -> "StreamedStep":
     """Build the step ``(state, source, batch) -> (state, metrics)``, a host function; the state is donated.
 
     Args:
@@ -83,55 +84,109 @@ def make_streamed_step(
       WeightsError: from the step, if the file changed since it was opened.
       RunError: from the step, if inputs cannot be spilled.
     """
+    _check_adapters(decoder)
+    passes = Passes(decoder, "lora", boundaries)
+    return StreamedStep(_Programs(passes, Updater(optimizer, clip_norm, clip_by)), spill_to)
+
+
+class StreamedStep:
+    """What ``make_streamed_step`` gives. ``lower`` and ``compile`` are those of a jitted function: they compile it before
+    its first call, for the shapes they are given."""
+
+    def __init__(self, programs: "_Programs", spill_to: Path | None):
+        self._programs, self._spill_to = programs, spill_to
+        self._shapes: Any = None
+
+    def __call__(self, state: TrainState, source: LayerSource, batch: Batch) -> tuple[TrainState, Metrics]:
+        source.check_unchanged()
+        programs = self._programs
+        batch = jax.tree.map(jnp.asarray, batch)
+        tables = _mapped(source.tables())
+        with _store(self._spill_to) as store:
+            carry = _forward(programs, source, tables, state.trainable["blocks"], batch, store.put)
+            head, n_tokens, per_token = jax.block_until_ready(programs.head(tables, carry[0], batch))
+            for name in tables:
+                source.release(name)
+            del tables
+            new, norm = _backward(programs, source, state, batch, store.take, carry[1], head)
+        loss = head.loss_sum.sum() * per_token
+        return new, {"loss": loss, "grad_norm": norm, "n_tokens": n_tokens}
+
+    def lower(self, state: TrainState, source: LayerSource, batch: Batch) -> "StreamedStep":
+        """Take the shapes of arguments."""
+        self._shapes = (state, source, batch)
+        return self
+
+    def compile(self) -> "StreamedStep":
+        """Compile for them."""
+        self._programs.compile(*self._shapes)
+        return self
+
+    def memory_analysis(self) -> "ProgramBytes":
+        """XLA's figures of the largest of its programs; known after ``compile``."""
+        return self._programs.memory_analysis()
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramBytes:
+    """The largest figures among several programs, by the names of ``compiled.memory_analysis()``."""
+
+    argument_size_in_bytes: int
+    output_size_in_bytes: int
+    alias_size_in_bytes: int
+    temp_size_in_bytes: int
+    generated_code_size_in_bytes: int
+
+
+def _check_adapters(decoder: Decoder) -> None:
     if decoder.lora is None:
         raise ConfigError(
             "the streamed schedule trains adapters beside frozen weights; it has no full-parameter training (layerwise has)"
         )
-    passes = Passes(decoder, "lora", boundaries)
-    updater = Updater(optimizer, clip_norm, clip_by)
-    programs = _Programs(passes, updater)
-
-    def step(state: TrainState, source: LayerSource, batch: Batch):
-        source.check_unchanged()
-        batch = jax.tree.map(jnp.asarray, batch)
-        tables = _mapped(source.tables())
-        with _store(spill_to) as store:
-            carry = _forward(programs, source, tables, state.trainable["blocks"], batch, store.put)
-            head, n_tokens, per_token = programs.head(tables, carry[0], batch)
-            del tables
-            source.release("embed")
-            new, metrics = _backward(programs, source, state, batch, store.take, carry[1], head)
-        metrics |= {"loss": head.loss_sum.sum() * per_token, "n_tokens": n_tokens}
-        return new, metrics
-
-    return step
 
 
-def make_streamed_eval(
-    decoder: Decoder,
-) -> Callable[[PyTree, LayerSource, Batch], tuple[jax.Array, jax.Array]]:
-    """Build ``(adapters, source, batch [B, T]) -> (loss sum, counted tokens)``, a host function."""
-    programs = _Programs(Passes(decoder, "lora", "f32"), None)
-    loss = jax.jit(lambda tables, h, batch: decoder.head_loss(tables, h[0], batch, frozen=True))
+def make_streamed_eval(decoder: Decoder) -> "StreamedEval":
+    """Build ``(adapters, source, batch [B, T]) -> (loss sum, counted tokens)``, a host function.
 
-    def evaluate(adapters: PyTree, source: LayerSource, batch: Batch):
+    Raises:
+      ConfigError: no adapters.
+    """
+    _check_adapters(decoder)
+    return StreamedEval(decoder)
+
+
+class StreamedEval:
+    """What ``make_streamed_eval`` gives; compiled by its first call."""
+
+    def __init__(self, decoder: Decoder):
+        self._programs = _Programs(Passes(decoder, "lora", "f32"), None)
+        self._loss = jax.jit(lambda tables, h, batch: decoder.head_loss(tables, h[0], batch, frozen=True))
+
+    def __call__(self, adapters: PyTree, source: LayerSource, batch: Batch) -> tuple[jax.Array, jax.Array]:
         source.check_unchanged()
         batch = jax.tree.map(jnp.asarray, batch)
         one = jax.tree.map(lambda leaf: leaf[None], batch)
         tables = _mapped(source.tables())
-        h, _ = _forward(programs, source, tables, adapters["blocks"], one, lambda stored: None)
-        found = jax.block_until_ready(loss(tables, h, batch))
-        source.release("embed")
+        h, _ = _forward(self._programs, source, tables, adapters["blocks"], one, lambda stored: None)
+        found = jax.block_until_ready(self._loss(tables, h, batch))
+        for name in tables:
+            source.release(name)
         return found
 
-    return evaluate
+    def lower(self, *shapes: Any) -> "StreamedEval":
+        """As of a jitted function; the first call compiles."""
+        return self
+
+    def compile(self) -> "StreamedEval":
+        """As of a jitted function; the first call compiles."""
+        return self
 
 
 def _forward(programs: "_Programs", source: LayerSource, tables, adapters, batch: Batch, put):
     carry = programs.embed(tables, batch)
     for layer in range(programs.n_layers):
         with _layer(source, layer, layer + 1, programs.n_layers) as block:
-            carry, stored = programs.forward(block, adapters, carry, batch, layer)
+            carry, stored = programs.forward(block, adapters, carry, batch, np.int32(layer))
             put(jax.block_until_ready(stored))
             jax.block_until_ready(carry)
     return carry
@@ -145,27 +200,26 @@ def _backward(
     stacks, passed_on = (adapters, opt_state.blocks), (head.dh, reference, jnp.float32(0))
     for layer in reversed(range(programs.n_layers)):
         with _layer(source, layer, layer - 1, programs.n_layers) as block:
-            stacks, passed_on = programs.backward(stacks, passed_on, take(), block, batch, layer, factor)
+            stacks, passed_on = programs.backward(
+                stacks, passed_on, take(), block, batch, np.int32(layer), factor
+            )
             jax.block_until_ready((stacks, passed_on))
     norm = jnp.sqrt(passed_on[2])
-    new = TrainState(state.step + 1, {"blocks": stacks[0]}, LayerwiseState(stacks[1], {}, None, norm))
-    return new, {"grad_norm": norm}
+    return TrainState(state.step + 1, {"blocks": stacks[0]}, LayerwiseState(stacks[1], {}, None, norm)), norm
 
 
 class _Programs:
-    """The compiled functions of one layer; each is compiled at its first call and serves all layers."""
+    """The functions of one layer; each is compiled once, by ``compile`` or its first call, and serves all layers."""
 
     def __init__(self, passes: Passes, updater: Updater | None):
         flags = passes.decoder.sliding_flags()
         sliding = lambda layer: None if flags is None else jnp.asarray(flags)[layer]  # noqa: E731
         self.n_layers = passes.decoder.config.n_layers
 
-        @jax.jit
         def head(tables, h, batch):
             n_tokens, per_token = mean_factor(batch)
             return passes.head(tables, h, batch, per_token), n_tokens, per_token
 
-        @jax.jit
         def forward(block, adapters, carry, batch, layer):
             return passes.layer_forward(block, row_of(adapters, layer), carry, batch, layer, sliding(layer))
 
@@ -177,10 +231,36 @@ class _Programs:
 
             return replace_row(stacks, layer, on_row, passed_on)
 
-        self.embed = jax.jit(passes.embed)
-        self.forward, self.head = forward, head
-        self.backward = jax.jit(backward, donate_argnums=(0, 1))
-        self.factor = (lambda norm: jnp.float32(1)) if updater is None else jax.jit(updater.factor_of_step)
+        self.embed: Any = jax.jit(passes.embed)
+        self.forward: Any = jax.jit(forward)
+        self.head: Any = jax.jit(head)
+        self.backward: Any = jax.jit(backward, donate_argnums=(0, 1))
+        self.factor: Any = jax.jit(
+            lambda norm: jnp.float32(1) if updater is None else updater.factor_of_step(norm)
+        )
+
+    def compile(self, state: TrainState, source: LayerSource, batch: Batch) -> None:
+        """Compile all of them for a step's shapes."""
+        block, tables = _shapes(source.layer(0)), _shapes(source.tables())
+        adapters, batch = state.trainable["blocks"], _shapes(batch)
+        number, factor = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32)
+        carry = jax.eval_shape(self.embed, tables, batch)
+        (h, reference), stored = jax.eval_shape(self.forward, block, adapters, carry, batch, number)
+        dh = jax.eval_shape(self.head, tables, h, batch)[0].dh
+        stacks = (adapters, state.opt_state.blocks)
+        self.embed = self.embed.lower(tables, batch).compile()
+        self.forward = self.forward.lower(block, adapters, carry, batch, number).compile()
+        self.head = self.head.lower(tables, h, batch).compile()
+        passed_on = (dh, reference, factor)
+        self.backward = self.backward.lower(stacks, passed_on, stored, block, batch, number, factor).compile()
+
+    def memory_analysis(self) -> ProgramBytes:
+        """Of the compiled ones."""
+        analyses = [
+            program.memory_analysis() for program in (self.embed, self.forward, self.head, self.backward)
+        ]
+        names = [field.name for field in dataclasses.fields(ProgramBytes)]
+        return ProgramBytes(*(max(getattr(one, name) for one in analyses) for name in names))
 
 
 @contextlib.contextmanager
@@ -190,6 +270,10 @@ def _layer(source: LayerSource, layer: int, following: int, n_layers: int) -> It
         source.prefetch(following)
     yield _mapped(source.layer(layer))
     source.release(layer)
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def _mapped(leaves: PyTree) -> PyTree:

@@ -161,7 +161,7 @@ def train(
         {},
         corpus.validation,
         batch_size=EVAL_ROWS,
-        max_rows=settings.grid["validation_rows"] if run.kind == "grid" else None,
+        max_rows=(settings.grid if run.kind == "grid" else settings.data)["validation_rows"],
         should_stop=stop,
     )
     if judged is None:
@@ -233,11 +233,12 @@ def main() -> int:
                 print(f"compiling {run.optimizer}", flush=True)
                 programs[run.optimizer] = compile_programs(settings, by_label[run.optimizer])
             stop = lambda: guard.received is not None  # noqa: E731
-            row = None if stop() else train(settings, run, programs[run.optimizer], corpus, eval_step, stop)
-            if row is None:
+            found = None if stop() else train(settings, run, programs[run.optimizer], corpus, eval_step, stop)
+            if found is None:
                 print(f"stopped with {len(rows)} runs in {path}; the same command goes on", flush=True)
                 return 128 + (guard.received or 0)
-            row |= {"source": source, "data": corpus.hashes, "optimizer_settings": _json(by_label, run)}
+            optimizer_settings = dataclasses.asdict(by_label[run.optimizer])
+            row = found | {"source": source, "data": corpus.hashes, "optimizer_settings": optimizer_settings}
             append_row(path, row)
             rows.append(row)
             step_s.append(row["wall_s"] / max(1, len(row["training_losses"])))
@@ -250,10 +251,6 @@ def main() -> int:
             )
     print(f"all {len(rows)} runs are in {path}; next: analyse.py --work {work}", flush=True)
     return 0
-
-
-def _json(by_label: dict[str, Optimizer], run: Run) -> dict[str, Any]:
-    return dataclasses.asdict(by_label[run.optimizer])
 
 
 if __name__ == "__main__":

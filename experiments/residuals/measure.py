@@ -61,6 +61,7 @@ def main() -> None:
     results: dict[str, Any] = {"gradients": {}, "stored_bytes": {}}
     for state, adapters in adapters_at(inputs, params).items():
         results["gradients"][state] = compare(inputs, params, adapters)
+        results["stream"] = stream(inputs, params, adapters)
     shape = (SETTINGS.batch, SETTINGS.seq, inputs.config.d_model)
     for name, (_, kind) in {**PROMISED, **TRIED}.items():
         results["stored_bytes"][name] = stored_bytes(kind, shape)
@@ -110,6 +111,33 @@ def compare(inputs: BenchInputs, params: Any, adapters: Any) -> dict[str, Any]:
             flush=True,
         )
     return found
+
+
+def stream(inputs: BenchInputs, params: Any, adapters: Any) -> dict[str, list[float]]:
+    """What the boundaries are like, layer by layer: sizes, and how much changes to the next."""
+    decoder, batch = (
+        Decoder(inputs.config, LORA),
+        jax.tree.map(lambda leaf: leaf[0], inputs.batch_at(TRAINED_STEPS)),
+    )
+
+    @jax.jit
+    def layer_inputs(adapters, params, batch):
+        rope, h = decoder.rope(batch.positions), decoder.embed(params, batch.tokens)
+
+        def one_layer(h, layer):
+            return decoder.block(*layer, h, rope, batch.segment_ids), h
+
+        return jax.lax.scan(one_layer, h, (params["blocks"], adapters["blocks"]))[1]
+
+    h = np.asarray(layer_inputs(adapters, params, batch), np.float64)[:, 0]
+    channels = np.abs(h).mean(axis=1)
+    change = np.linalg.norm(np.diff(h, axis=0), axis=-1) / np.linalg.norm(h[1:], axis=-1)
+    return {
+        "median_size": np.median(np.abs(h), axis=(1, 2)).tolist(),
+        "largest_size": np.abs(h).max(axis=(1, 2)).tolist(),
+        "largest_channel_over_median_channel": (channels.max(axis=1) / np.median(channels, axis=1)).tolist(),
+        "change_over_size_median_of_tokens": np.median(change, axis=1).tolist(),
+    }
 
 
 def gradient_by_layer(inputs, params, adapters, batch, remat: str, kind: Any) -> tuple[float, np.ndarray]:

@@ -21,6 +21,7 @@ def render(path: Path) -> str:
         [
             f"From {source}, on {record['device']['cpu']}. The worst layer of {_n_layers(results)}; in brackets the median.",
             _gradients(results),
+            _stream(results["stream"]),
             "XLA temp of a LoRA training step, compiled for this CPU (MB = 10^6 bytes):",
             _temps(results["step_temp_bytes"]),
         ]
@@ -49,6 +50,20 @@ def _gradients(results: dict[str, Any]) -> str:
             cells.append(f"{max(abs(ratio - 1) for ratio in found['norm_ratio']):.2%}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _stream(found: dict[str, list[float]]) -> str:
+    ratio = max(a / b for a, b in zip(found["largest_size"], found["median_size"], strict=True))
+    channel, change = (
+        found["largest_channel_over_median_channel"],
+        sorted(found["change_over_size_median_of_tokens"]),
+    )
+    return (
+        f"The stream: its largest value is up to {ratio:,.0f} times the median one, its largest channel {min(channel):.0f} "
+        f"to {max(channel):.0f} times the median one (mean sizes over tokens). From a layer to the next it changes by "
+        f"{change[len(change) // 2]:.2f} of its norm (median of layers; {change[0]:.2f} to {change[-1]:.2f}, the largest "
+        "in the first)."
+    )
 
 
 def _temps(found: dict[str, dict[str, int]]) -> str:

@@ -1,5 +1,6 @@
 """The parity experiment: its statistics, its bookkeeping, and a quick run from start to end."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -9,11 +10,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+from edgejax.data import micro_batches, python_reference
+from edgejax.models import Decoder
+from edgejax.train import make_eval_step, make_schedule
+from edgejax.train.recipe import StepRecipe, make_step, start_run
+
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "optimizer_parity"
-MODULES = ("settings", "rows", "tost", "corpus", "analyse", "render")
+MODULES = ("settings", "rows", "tost", "corpus", "run", "analyse", "render")
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +213,6 @@ def test_torn_last_row_is_taken_away(parity, tmp_path):
 
 
 def test_folder_of_other_settings_is_refused(parity, settings, tmp_path):
-    import dataclasses
-
     fewer = dataclasses.replace(settings, optimizers=settings.optimizers[:3])
     parity.settings.settle(tmp_path, fewer)
     parity.settings.settle(tmp_path, settings)  # more optimizers are welcome
@@ -219,8 +224,6 @@ def test_folder_of_other_settings_is_refused(parity, settings, tmp_path):
 
 
 def test_sides_share_no_long_line(parity, settings):
-    from edgejax.data import python_reference
-
     records = python_reference()
     data = settings.data
     held_out = parity.corpus.held_out_names(records, data["held_out_fraction"], data["split_seed"])
@@ -245,6 +248,34 @@ def test_readme_holds_what_the_newest_result_says(parity):
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     render = parity.render
     assert render.with_numbers(readme, render.render(render.newest())) == readme
+
+
+@pytest.mark.parametrize("label", ["adamw4bit", "adamw4bit, bfloat16 weights"])
+def test_rates_and_seed_in_the_state_are_those_of_a_recipe(parity, label):
+    """One compiled step for all runs does what a step compiled for one run does."""
+    quick = parity.settings.load_settings(quick=True)
+    optimizer = next(o for o in quick.optimizers if o.label == label)
+    corpus = parity.corpus.load_corpus(quick.data)
+    run = parity.rows.Run("final", label, 1e-2, seed=5)
+    eval_step = make_eval_step(Decoder(quick.model_config()), mode="full")
+    programs = parity.run.compile_programs(quick, optimizer)
+    row = parity.run.train(quick, run, programs, corpus, eval_step, lambda: False)
+
+    training = quick.training
+    recipe = StepRecipe(
+        mode="full", optimizer=optimizer.name, optimizer_options={"seed": 5}, seed=5, bfloat16=optimizer.bfloat16,
+        learning_rate=make_schedule("cosine", 1e-2, steps=training["steps"], warmup=training["warmup"]),
+        weight_decay=training["weight_decay"], clip_norm=training["clip_norm"], remat="none",
+    )  # fmt: skip
+    params = Decoder(quick.model_config()).init(jax.random.key(5))
+    frozen, state = start_run(recipe, quick.model_config(), params, None)
+    step, losses = make_step(recipe, quick.model_config(), None), []
+    for number in range(training["steps"]):
+        batch = micro_batches(corpus.train, number, 1, training["rows_per_step"], 5)
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    assert row["training_losses"] == pytest.approx(losses, rel=1e-5)
+    assert min(losses) < losses[0] - 0.05  # it moved, so that the rates were not nought
 
 
 @pytest.mark.slow

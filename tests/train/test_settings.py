@@ -64,6 +64,10 @@ def test_settings_are_frozen_and_the_callers_options_copied():
         ({"weight_decay": float("inf")}, "weight_decay .* not inf"),
         ({"optimizer_options": {"eps": float("inf")}}, "JSON"),
         ({"remat": "some"}, "there are: none"),
+        ({"boundaries": "int4"}, "unknown boundaries 'int4'; there are: f32, bf16, int8"),
+        ({"boundaries": "int8", "remat": "none"}, "do not go with remat 'none'"),
+        ({"boundaries": "int8", "remat": "sqrt"}, "do not go with remat 'sqrt'"),
+        ({"mlp_tile": 0}, "mlp_tile must be .* not 0"),
     ],
 )
 def test_bad_values(changes, message):
@@ -88,7 +92,7 @@ def test_fingerprint_is_of_what_decides_the_bits():
     changes = {
         "steps": 99, "batch_size": 3, "accumulate": 3, "optimizer": "lion", "optimizer_options": {"b2": 0.9},
         "learning_rate": 0.1, "lr_schedule": "linear", "warmup": 3, "final_rate_fraction": 0.3, "weight_decay": 0.3,
-        "clip_norm": 3.0, "remat": "none", "seed": 3,
+        "clip_norm": 3.0, "remat": "none", "boundaries": "bf16", "mlp_tile": 64, "seed": 3,
     }  # fmt: skip
     assert set(changes) | set(same) == {field.name for field in dataclasses.fields(settings)}
     for name, value in changes.items():

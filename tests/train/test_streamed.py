@@ -100,7 +100,7 @@ def test_a_full_disk_or_a_missing_folder_for_spilled_inputs_is_named(tmp_path, m
     optimizer = adamw(1e-2)
     state = start(random_adapters(config, lora), optimizer, init_layerwise)
     missing = make_streamed_step(Decoder(config, lora), optimizer, spill_to=tmp_path / "none")
-    with pytest.raises(RunError, match="none.*choose another folder"):
+    with pytest.raises(RunError, match=r"none.*choose another folder"):
         missing(state, source, batch(config, 0, SHAPE))
 
     class Full:
@@ -118,7 +118,7 @@ def test_a_full_disk_or_a_missing_folder_for_spilled_inputs_is_named(tmp_path, m
 
     monkeypatch.setattr("edgejax.train.streamed.tempfile.TemporaryFile", lambda dir: Full())
     full = make_streamed_step(Decoder(config, lora), optimizer, spill_to=tmp_path)
-    with pytest.raises(RunError, match="No space left on device.*another folder"):
+    with pytest.raises(RunError, match=r"No space left on device.*another folder"):
         full(state, source, batch(config, 0, SHAPE))
 
 
