@@ -183,6 +183,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
+                    create=alone is None,  # with ``active_processes`` Orbax wants the folder made before
                     max_to_keep=self.keep,
                     todelete_subdir=_DELETED,
                     cleanup_tmp_directories=True,

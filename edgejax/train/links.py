@@ -21,6 +21,7 @@ from edgejax.core.errors import RunError
 BEAT_S = 3.0
 SILENCE_S = 30.0
 GRACE_S = 5.0  # after another's error: as a rule this process is about to meet the same one
+LEAVING_S = 2 * GRACE_S  # for the others to end after process 0 has said that it does
 MEETING_S = 300.0  # for all processes to come
 _LINE_BYTES = 1 << 16
 
@@ -66,6 +67,7 @@ class Links:
         self.index = index
         self._links = links
         self._ending = threading.Event()
+        self._listeners: list[threading.Thread] = []
         self._said_lost = threading.Lock()
         self._on_loss: Callable[[str], None] = lambda text: None
 
@@ -74,15 +76,21 @@ class Links:
         self._on_loss = on_loss
         threading.Thread(target=self._beat, name="edgejax-beat", daemon=True).start()
         for other in self._links:
-            threading.Thread(target=self._listen, args=(other,), name="edgejax-link", daemon=True).start()
+            listener = threading.Thread(target=self._listen, args=(other,), name="edgejax-link", daemon=True)
+            listener.start()
+            self._listeners.append(listener)
 
     def close(self, why: str | None = None) -> None:
-        """Says goodbye; ``why`` is the error that ended this process."""
+        """Says goodbye; ``why`` is the error that ends this process. Process 0 waits until the others have left."""
         if self._ending.is_set():
             return
         self._ending.set()
         for link in self._links.values():
             link.say(end=why)
+        deadline = time.monotonic() + LEAVING_S
+        for listener in self._listeners if self.index == 0 else ():
+            listener.join(max(deadline - time.monotonic(), 0))
+        for link in self._links.values():
             _close(link)
 
     def _beat(self) -> None:

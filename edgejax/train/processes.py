@@ -65,16 +65,16 @@ def joined(
     )
     _pause_before_abort()
     links.watch(lambda text: _end(text, how_to_go_on))
+    why = None
     try:
         yield
     except BaseException as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(error, Exception) and not isinstance(error, EdgejaxError):
-            time.sleep(
-                2
-            )  # if a collective failed because a process is gone, the watch says so and ends this one
-        links.close(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+            time.sleep(2)  # if a collective failed because a process is gone, the watch says so and ends this one
         raise
-    links.close()
+    finally:
+        _leave(links, why)
 
 
 def check_processes(coordinator: str | None, n_processes: int | None, process_index: int | None) -> None:
@@ -241,6 +241,16 @@ def _initialize(**arguments: Any) -> None:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S, **arguments)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"JAX could not start many processes: {str(error).splitlines()[0]}") from error
+
+
+def _leave(links: Links, why: str | None) -> None:
+    """Ends what was started. JAX's coordinator is in process 0, and who leaves after it is aborted: it leaves last."""
+    if jax.process_index() == 0:
+        links.close(why)
+        jax.distributed.shutdown()
+    else:
+        jax.distributed.shutdown()
+        links.close(why)
 
 
 def _end(text: str, how_to_go_on: str) -> None:

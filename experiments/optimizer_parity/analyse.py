@@ -127,9 +127,9 @@ def main() -> None:
     folder = arguments.results or (arguments.work if settings.quick else HERE / "results")
     print(write_record(folder / f"{time.strftime('%Y-%m-%d-%H%M')}.json", record))
     for found in record["results"]["optimizers"]:
-        low, high = found.get("interval", (math.nan, math.nan))
+        gap = "gap {:+.3%} to {:+.3%}".format(*found["interval"]) if "interval" in found else "no gap"
         n_runs = f"{len(found['seeds'])} seeds{'' if found['is_complete'] else ', not complete'}"
-        print(f"{found['label']}: gap {low:+.3%} to {high:+.3%} ({n_runs}): {found['verdict'] or 'no claim'}")
+        print(f"{found['label']}: {gap} ({n_runs}): {found['verdict'] or 'no verdict'}")
 
 
 if __name__ == "__main__":

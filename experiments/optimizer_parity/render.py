@@ -28,7 +28,7 @@ def render(path: Path | None) -> str:
     notes = "".join(
         f"\n- {found['label']}: its best learning rate, {found['learning_rate']:g}, is at an edge of the grid."
         for found in results["optimizers"]
-        if found["at_edge_of_grid"]
+        if found["at_edge_of_grid"] and found["is_complete"]
     )
     quick = "**Made with --quick: no answer to anything.** " if config["quick"] else ""
     return f"""\

@@ -151,3 +151,24 @@ def test_every_position_of_a_batch_counts():
         assert batch.loss_mask.all()
     with pytest.raises(ConfigError, match="context of 2048"):
         open_inputs(BenchSettings(model="tiny", random_weights=True, seq=4096))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--mode", "full", "--base", "bf16", "--optimizer", "adamw4bit", "--schedule", "layerwise"),
+        ("--mode", "full", "--schedule", "whole", "--optimizer", "adamw8bit"),
+        ("--mode", "lora", "--base", "int4", "--schedule", "streamed", "--boundaries", "int8"),
+    ],
+    ids=["layerwise", "whole", "streamed"],
+)
+def test_each_schedule_is_measured_with_its_bytes(options, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main([*TINY, "--json", *options]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    receipt = result["receipt"]
+    held = sum(tree["n_bytes"] for tree in receipt["trees"] if tree["name"] != "frozen weights")
+    held += receipt["gradients_bytes"]
+    assert result["bytes_per_parameter"] == pytest.approx(held / receipt["trained_parameters"])
+    assert result["xla_temp_bytes"] > 0
+    assert all(np.isfinite(result["losses"]))

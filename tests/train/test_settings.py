@@ -89,11 +89,41 @@ def test_fingerprint_is_of_what_decides_the_bits():
     same = ("log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints")
     for name in same:
         assert dataclasses.replace(settings, **{name: 3}).fingerprint() == settings.fingerprint(), name
+    streamed = TrainSettings(schedule="streamed")
+    assert dataclasses.replace(streamed, spill_to="elsewhere").fingerprint() == streamed.fingerprint()
     changes = {
         "steps": 99, "batch_size": 3, "accumulate": 3, "optimizer": "lion", "optimizer_options": {"b2": 0.9},
         "learning_rate": 0.1, "lr_schedule": "linear", "warmup": 3, "final_rate_fraction": 0.3, "weight_decay": 0.3,
-        "clip_norm": 3.0, "remat": "none", "boundaries": "bf16", "mlp_tile": 64, "seed": 3,
+        "clip_norm": 3.0, "schedule": "layerwise", "remat": "none", "boundaries": "bf16", "mlp_tile": 64,
+        "bfloat16": True, "seed": 3,
     }  # fmt: skip
-    assert set(changes) | set(same) == {field.name for field in dataclasses.fields(settings)}
+    assert set(changes) | set(same) | {"spill_to", "clip_by"} == {
+        f.name for f in dataclasses.fields(settings)
+    }
     for name, value in changes.items():
         assert dataclasses.replace(settings, **{name: value}).fingerprint() != settings.fingerprint(), name
+    layerwise = TrainSettings(schedule="layerwise")
+    assert dataclasses.replace(layerwise, clip_by="layer").fingerprint() != layerwise.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": "layerwse"}, "there are: whole, layerwise, streamed"),
+        ({"schedule": "layerwise", "remat": "none"}, "recomputes each layer"),
+        (
+            {"schedule": "layerwise", "clip_by": "global"},
+            "needs the whole gradient; it can by: layer, previous",
+        ),
+        ({"clip_by": "layer"}, "clips by its global norm"),
+        ({"schedule": "streamed", "bfloat16": True}, "use layerwise or whole"),
+        ({"spill_to": "here"}, "only streamed can spill"),
+        (
+            {"schedule": "layerwise", "optimizer": "adamw8bit", "optimizer_options": {"bits": 3}},
+            "no option 'bits'",
+        ),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused_with_the_way_out(values, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainSettings(**values)

@@ -49,7 +49,7 @@ def test_adapters_are_those_of_whole_after_five_steps(family, tmp_path):
         make_streamed_step(decoder, optimizer), start(adapters, optimizer, init_layerwise), source, batches
     )
     assert_close(ours.trainable, theirs.trainable)
-    assert found[-1] == pytest.approx(expected[-1], rel=1e-5)
+    assert found[-1] == pytest.approx(expected[-1], rel=3e-5)  # the gradient norm sums up rounding errors
 
 
 @pytest.mark.parametrize("boundaries", ["f32", "bf16", "int8"])
