@@ -34,7 +34,7 @@ def sqrt_group(n_layers: int) -> int:
     """Layers of a group so that the fewest boundaries wait at once; of equals the smallest, which recomputes less.
 
     >>> [sqrt_group(n) for n in (1, 4, 7, 16, 30, 32)]
-    [1, 2, 2, 4, 5, 5]
+    [1, 1, 2, 4, 5, 4]
     """
     return min(range(1, n_layers + 1), key=lambda k: (kept_boundaries(n_layers, k), k))
 

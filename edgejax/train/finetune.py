@@ -149,7 +149,8 @@ def finetune(
         start_step = 0 if restored is None else restored[0]
         keep_to_step = start_step if resume else None
         log = stack.enter_context(MetricsLog(folder.metrics_path, keep_to_step=keep_to_step))
-        log.append("receipt", step=start_step, **receipt.to_json())
+        if 0 not in log.evaluations:
+            log.append("receipt", step=0, **receipt.to_json())
         checkpoints.check_space(state)
         if 0 not in log.evaluations:
             first = evaluate(state.trainable)

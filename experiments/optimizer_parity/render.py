@@ -24,7 +24,7 @@ def render(path: Path | None) -> str:
     reference = config["question"]["reference"]
     rows = "\n".join(_row(found, reference) for found in results["optimizers"])
     programs = len(results["programs"])
-    minutes = sum(run["wall_s"] for run in results["runs"]) / 60
+    minutes = sum(run["cpu_s"] for run in results["runs"]) / 60
     notes = "".join(
         f"\n- {found['label']}: its best learning rate, {found['learning_rate']:g}, is at an edge of the grid."
         for found in results["optimizers"]
@@ -33,7 +33,7 @@ def render(path: Path | None) -> str:
     quick = "**Made with --quick: no answer to anything.** " if config["quick"] else ""
     return f"""\
 {quick}Measured on {device["cpu"]}, {record["limits"]["cores_affinity"]} cores, [{path.name}](results/{path.name}): \
-{len(results["runs"])} runs, {minutes:.0f} minutes without compiling, of {programs} state{"s" * (programs > 1)} of \
+{len(results["runs"])} runs, {minutes:.0f} CPU minutes without compiling, of {programs} state{"s" * (programs > 1)} of \
 edgejax. Loss and gap are of the validation topics; the gap is relative to {reference} with the \
 same seed, its interval {confidence:.0%}, the margin {margin:.1%}.
 

@@ -80,7 +80,7 @@ def test_what_the_folder_holds(model, data, whole):
     assert result["held_out_after"]["loss"] == whole.held_out_after.loss
     assert result["tokens_per_s_median"] > 0
     kinds = [(r["kind"], r["step"]) for r in read_metrics(whole.run_dir / "metrics.jsonl")]
-    assert kinds == [("eval", 0), *(("train", i) for i in range(1, 7)), ("eval", 6),
+    assert kinds == [("receipt", 0), ("eval", 0), *(("train", i) for i in range(1, 7)), ("eval", 6),
                      *(("train", i) for i in range(7, 13)), ("eval", 12)]  # fmt: skip
     assert sorted(p.name for p in (whole.run_dir / "checkpoints").iterdir()) == ["12", "8"]
 

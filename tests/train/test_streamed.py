@@ -18,7 +18,7 @@ from edgejax.train import init_layerwise, init_state, make_streamed_eval, make_s
 from edgejax.weights import Origin, open_packed, write_packed
 
 SHAPE = (2, 1, 24)
-RATE = {"eps": 1e-3, "weight_decay": 0.01}
+RATE = {"eps": 1e-2, "weight_decay": 0.01}
 
 
 def packed(config: ModelConfig, path, base="int4"):
@@ -89,7 +89,7 @@ def test_a_file_that_changes_under_the_run_stops_it_with_the_state_whole(tmp_pat
     state = start(random_adapters(config, lora), optimizer, init_layerwise)
     state, _ = step(state, source, batch(config, 0, SHAPE))
     os.utime(tmp_path / "m.ejx", (1, 1))
-    with pytest.raises(WeightsError, match="changed"):
+    with pytest.raises(WeightsError, match="written to while in use"):
         step(state, source, batch(config, 1, SHAPE))
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.trainable))
 
