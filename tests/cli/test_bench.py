@@ -75,7 +75,7 @@ def test_full_mode_and_a_warm_compile_cache(capsys, tmp_path, monkeypatch):
     ("arguments", "said"),
     [
         (["--mode", "full", "--base", "int4"], "--base int4"),
-        (["--schedule", "streamed"], "whole"),
+        (["--schedule", "pipelined"], "whole, layerwise, streamed"),
         (["--rank", "0"], "--rank must be at least 1"),
         (["--repeats", "0"], "--repeats"),
         (["--seq", "1"], "--seq"),
