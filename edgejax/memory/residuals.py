@@ -10,9 +10,10 @@ Kinds, by name, and the bytes of a value:
 - ``f32``: as it is, 4.
 - ``bf16``: 2, rounded to nearest. Stochastic rounding doubles the variance of ``e`` and with it the angle between
   the gradient and the exact one, and has no bias to take away: the low bits of ``h`` are as good as random.
-- ``int8``: 1 + 4 / 32. A residual stream changes little from layer to layer and has a few channels hundreds of times
-  larger than the others, so plain 8-bit blocks are far too coarse. What is coded is the change since the boundary
-  before, with each channel first divided by the root of its mean size; see ``Int8``.
+- ``int8``: 1 + 4 / 32, and 4 / (B T). A residual stream has channels tens of times larger than the others and single
+  values thousands of times larger, so plain 8-bit blocks are too coarse; but it changes little from layer to layer. What
+  is coded is the change since the boundary before, with each channel first divided by the root of its mean size; see
+  ``Int8``. What each attempt gave: experiments/residuals.
 
 Boundaries are stored in order, first layer to last, and restored in the opposite order, with a ``reference`` handed
 from each to the next (an array for ``int8``, nothing for the others)::

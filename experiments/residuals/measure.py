@@ -1,6 +1,6 @@
 """Gradients from narrow layer boundaries against exact ones, layer by layer, and what the boundaries take.
 
-    python experiments/residuals/measure.py            about ten minutes on two cores; times do not matter
+    python experiments/residuals/measure.py            about 15 minutes on two cores; times do not matter
     python experiments/residuals/render.py             writes the newest result into README.md of this folder
 
 The model and the text are those of ``edgejax bench``. The result file is never overwritten.
