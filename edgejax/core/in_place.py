@@ -1,6 +1,6 @@
 """Replacing rows of large buffers inside a loop, without a copy of the buffers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,43 @@ def replace_rows(
       >>> buffers["a"].tolist()
       [0.0, 10.0, 20.0, 3.0]
     """
-    start = jnp.asarray(start, jnp.int32)
-    rows = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), buffers)
-    new, carry = lax.cond(start < 0, lambda rows, carry: (rows, carry), function, rows, carry)
-    put = lambda leaf, part: lax.dynamic_update_slice_in_dim(leaf, part, start, 0)  # noqa: E731
-    return jax.tree.map(put, buffers, new), carry
+
+    def on_only_group(groups: Sequence[PyTree], carry: PyTree) -> tuple[Sequence[PyTree], PyTree]:
+        new, carry = function(groups[0], carry)
+        return (new,), carry
+
+    (new,), carry = replace_rows_of_several(((buffers, start, size),), on_only_group, carry)
+    return new, carry
+
+
+def replace_rows_of_several(
+    groups: Sequence[tuple[PyTree, ArrayLike | int, int]],
+    function: Callable[[Sequence[PyTree], PyTree], tuple[Sequence[PyTree], PyTree]],
+    carry: PyTree = (),
+) -> tuple[list[PyTree], PyTree]:
+    """``replace_rows`` for groups of buffers at once, each ``(buffers, start, size)`` with rows of its own.
+
+    One inside the other would not do: what the inner one writes to is then passed through the outer one's branch, and
+    copied there.
+
+    Example:
+      >>> swap = lambda rows, _: ((rows[1], rows[0]), ())
+      >>> new, _ = replace_rows_of_several(((jnp.arange(3.0), 0, 1), (jnp.arange(4.0) * 10, 2, 1)), swap)
+      >>> [leaf.tolist() for leaf in new]
+      [[20.0, 1.0, 2.0], [0.0, 10.0, 0.0, 30.0]]
+    """
+    groups = [(buffers, jnp.asarray(start, jnp.int32), size) for buffers, start, size in groups]
+    rows = [
+        jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), buffers)  # noqa: B023
+        for buffers, start, size in groups
+    ]
+
+    def change(rows: Sequence[PyTree], carry: PyTree) -> tuple[list[PyTree], PyTree]:
+        new, carry = function(rows, carry)
+        return list(new), carry
+
+    new, carry = lax.cond(groups[0][1] < 0, lambda rows, carry: (rows, carry), change, rows, carry)
+    put = lambda start: lambda leaf, part: lax.dynamic_update_slice_in_dim(leaf, part, start, 0)  # noqa: E731
+    return [
+        jax.tree.map(put(start), buffers, part) for (buffers, start, _), part in zip(groups, new, strict=True)
+    ], carry

@@ -12,7 +12,7 @@ from jax import lax
 
 from edgejax.core.arrays import PyTree
 from edgejax.core.errors import ConfigError
-from edgejax.core.in_place import replace_row, replace_rows
+from edgejax.core.in_place import replace_rows, replace_rows_of_several
 from edgejax.quant import dequantize
 from edgejax.train.held import held_like, plain
 from edgejax.train.layerwise_state import TableState, check_layerwise, table_parts
@@ -77,17 +77,13 @@ class Updater:
             table, parts, square = carry
             first = i * rows
 
-            def on_rows(part, carry):
-                def on_state(opt_state, carry):
-                    part, square = carry
-                    part, opt_state, square = one_part(part, first, opt_state, square)
-                    return opt_state, (part, square)
+            def on_part(groups, square):
+                part, opt_state = groups[0], jax.tree.map(lambda leaf: leaf[0], groups[1])
+                part, opt_state, square = one_part(part, first, opt_state, square)
+                return (part, jax.tree.map(lambda leaf: leaf[None], opt_state)), square
 
-                parts, square = carry
-                parts, (part, square) = replace_row(parts, i, on_state, (part, square))
-                return part, (parts, square)
-
-            table, (parts, square) = replace_rows(table, first, rows, on_rows, (parts, square))
+            groups = ((table, first, rows), (parts, i, 1))
+            (table, parts), square = replace_rows_of_several(groups, on_part, square)
             return table, parts, square
 
         table, parts, square = lax.fori_loop(0, count, at, (table, state.parts, jnp.float32(0)))

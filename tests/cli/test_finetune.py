@@ -265,7 +265,7 @@ def test_a_run_of_another_program_is_not_resumed(tmp_path, config):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--schedule", "layerwise"], "layerwise is not there yet; there is: whole"),
+        (["--schedule", "nope"], "nope"),
         (["--mode", "full", "--rank", "4"], "leave out --rank"),
         (["--mode", "full", "--targets", "q_proj"], "leave out --targets"),
         (["--epochs", "0"], "above 0"),

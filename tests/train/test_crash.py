@@ -25,7 +25,9 @@ def drive(*arguments: str) -> dict:
 
 def curve(folder: Path) -> list[tuple]:
     return [
-        (r["kind"], r["step"], r["loss"], r.get("grad_norm")) for r in read_metrics(folder / "metrics.jsonl")
+        (r["kind"], r["step"], r["loss"], r.get("grad_norm"))
+        for r in read_metrics(folder / "metrics.jsonl")
+        if "loss" in r
     ]
 
 
