@@ -5,6 +5,7 @@ The arguments are turned into what the Python API takes and nothing else: ``load
 """
 
 import argparse
+import contextlib
 import math
 import os
 import shlex
@@ -30,17 +31,33 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 # Of these a resumed run may have others than the run that is there; they are not written down.
-_NOT_RECORDED = {"out", "resume", "overwrite", "json", "quiet"}
+_NOT_RECORDED = {
+    "out", "resume", "overwrite", "json", "quiet", "coordinator", "processes", "process_index",
+}  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, writes adapter and report, prints the closing summary; returns 0."""
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
     out = _run_folder(given)
+    again = f"To go on: edgejax finetune --resume --out {shlex.quote(str(out))}"
+    with _other_processes(given, again):
+        return _run(given, out, again)
+
+
+def _other_processes(given: dict[str, Any], again: str) -> contextlib.AbstractContextManager[None]:
+    names = ("coordinator", "processes", "process_index")
+    if not set(names) & set(given):
+        return contextlib.nullcontext()  # JAX is not imported for nothing
+    from edgejax.train.processes import joined
+
+    return joined(*(given.get(name) for name in names), how_to_go_on=f"{again}, in every process.")
+
+
+def _run(given: dict[str, Any], out: Path, again: str) -> int:
     options = argparse.Namespace(**merge_options(given, out))
     check_options(options)  # before anything is imported, loaded or fetched
     lora = lora_config(options)
-    again = f"To go on: edgejax finetune --resume --out {shlex.quote(str(out))}"
     try:
         return _finetune(options, lora, out)
     except Interrupted as stop:
@@ -74,7 +91,8 @@ def _finetune(options: argparse.Namespace, lora: "LoraConfig | None", out: Path)
     check_sample(options, need_tokenizer(model), model.config)
     rows = load_rows(options, need_tokenizer(model), model.config)
     settings = train_settings(options, rows.train)
-    if not options.quiet:
+    is_first = jax.process_index() == 0
+    if not options.quiet and is_first:
         _announce(options, model, rows, settings, out)
     result = finetune(
         model,
@@ -89,7 +107,8 @@ def _finetune(options: argparse.Namespace, lora: "LoraConfig | None", out: Path)
         runtime_bytes=runtime_bytes,
         record={"command": record_of(options)},
     )
-    finish(options, rows, settings, lora, result, started)
+    if is_first:
+        finish(options, rows, settings, lora, result, started)
     return 0
 
 
@@ -106,7 +125,13 @@ def merge_options(given: dict[str, Any], out: Path) -> dict[str, Any]:
         raise ConfigError("--resume goes on with a run and --overwrite replaces it; give one of them")
     from edgejax.train.run_folder import read_config
 
-    recorded = read_config(out).get("command")
+    recorded: Any
+    if "coordinator" in given:  # process 0 alone has the folder
+        from edgejax.train.processes import on_first, share
+
+        recorded = share(on_first(lambda: read_config(out).get("command")))
+    else:
+        recorded = read_config(out).get("command")
     if not isinstance(recorded, dict) or not set(recorded) <= set(DEFAULTS):
         raise RunError(
             f"{out} holds a run that `edgejax finetune` of this version did not start; resume it from Python with "
@@ -199,6 +224,7 @@ def train_settings(options: argparse.Namespace, train: "PackedDataset") -> "Trai
         learning_rate=options.learning_rate,
         lr_schedule=options.lr_schedule,
         schedule=options.schedule,
+        mesh=options.mesh,
         spill_to=options.spill_to,
         warmup=options.warmup,
         weight_decay=options.weight_decay,

@@ -52,6 +52,10 @@ DEFAULTS: dict[str, Any] = {
     "mlp_tile": None,
     "schedule": "whole",
     "spill_to": None,
+    "mesh": None,
+    "coordinator": None,
+    "processes": None,
+    "process_index": None,
     "seed": 0,
     "out": None,
     "resume": False,
@@ -137,6 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--schedule", metavar="NAME", help=f"how a step is run: {', '.join(SCHEDULES)}")
     add("--spill-to", metavar="DIR", help="streamed: inputs of layers wait in a file there")
+    add("--mesh", metavar="AXES", help="devices that share a step's rows and state, like data=4,shard=2")
     add("--seed", type=int, help="of the adapters' start, the split and the order of rows")
 
     add = _adder(parser.add_argument_group("run"))
@@ -158,6 +163,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sample-tokens", type=whole_number, metavar="N", help="length of those continuations; 0: none")
     add("--json", action="store_true", help="end with the result as one line of JSON")
     add("--quiet", action="store_true", help="no progress and no summary")
+
+    add = _adder(
+        parser.add_argument_group("many processes (each is started with the same arguments but its index)")
+    )
+    add(
+        "--coordinator", metavar="HOST:PORT|auto",
+        help="where process 0 listens; auto: what Slurm, Open MPI or Kubernetes say",
+    )  # fmt: skip
+    add("--processes", type=whole_number, metavar="N", help="of the run")
+    add("--process-index", type=whole_number, metavar="I", help="of this one; 0 writes the run's folder")
 
 
 def check_options(options: argparse.Namespace) -> None:

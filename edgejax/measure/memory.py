@@ -7,8 +7,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from edgejax.core.arrays import PyTree
-from edgejax.core.trees import tree_bytes
 
 _STATUS = Path("/proc/self/status")
 
@@ -167,12 +168,28 @@ def memory_report(
       runtime_bytes: ``process_memory().rss_bytes`` as it was before the model was loaded.
     """
     return MemoryReport(
-        weights_bytes=tree_bytes(frozen),
-        trainable_bytes=tree_bytes(trainable),
-        optimizer_bytes=tree_bytes(opt_state),
+        weights_bytes=held_bytes(frozen),
+        trainable_bytes=held_bytes(trainable),
+        optimizer_bytes=held_bytes(opt_state),
         activations_bytes=None if compiled is None else xla_memory(compiled).temp_bytes,
         runtime_bytes=runtime_bytes,
         peak_rss_bytes=process_memory().peak_rss_bytes,
+    )
+
+
+def held_bytes(tree: PyTree) -> int:
+    """Bytes that this process's devices hold of a tree's arrays: a part of those that are split over a mesh.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> held_bytes({"w": jnp.zeros((2, 3))})
+      24
+    """
+    return sum(
+        sum(shard.data.nbytes for shard in leaf.addressable_shards)
+        if isinstance(leaf, jax.Array)
+        else leaf.nbytes
+        for leaf in jax.tree.leaves(tree)
     )
 
 

@@ -20,17 +20,19 @@ from edgejax.data import PackedDataset
 from edgejax.measure.memory import MemoryReport, memory_report, process_memory
 from edgejax.models import LoraConfig
 from edgejax.train.batches import DatasetBatches
-from edgejax.train.checkpoint import Checkpoints
 from edgejax.train.evaluate import EvalResult, evaluate_with
 from edgejax.train.identity import ModelLike, OpenedLike, check_same_run, run_config, run_identity
 from edgejax.train.loop import LoopResult, StepFigures, log_evaluation, train_loop
-from edgejax.train.metrics import MetricsLog, read_metrics
+from edgejax.train.metrics import read_metrics
+from edgejax.train.placement import mesh_receipt
+from edgejax.train.processes import gather, on_first, with_agreed_signals
 from edgejax.train.programs import Programs, compile_programs
-from edgejax.train.progress import LiveProgress, PlainProgress, Progress
+from edgejax.train.progress import LiveProgress, PlainProgress, Progress, SilentProgress
 from edgejax.train.receipt import Receipt, make_receipt
-from edgejax.train.run_folder import RunFolder, write_json
+from edgejax.train.run_folder import write_json
 from edgejax.train.settings import TrainSettings
-from edgejax.train.signals import SignalGuard, signal_name
+from edgejax.train.shared_run import open_checkpoints, open_folder, open_log
+from edgejax.train.signals import Received, SignalGuard, signal_name
 from edgejax.train.streamed import LayerSource
 from edgejax.train.whole import Mode
 
@@ -124,31 +126,33 @@ def finetune(
     settings = settings or TrainSettings()
     config = {**(record or {}), **run_config(model, train, held_out, settings, lora)}
     with contextlib.ExitStack() as stack:
-        guard = stack.enter_context(SignalGuard())
-        folder = stack.enter_context(RunFolder(out_dir, config=config, resume=resume, overwrite=overwrite))
+        guard: Received = stack.enter_context(SignalGuard())
+        folder = stack.enter_context(
+            open_folder(out_dir, config=config, resume=resume, overwrite=overwrite, mesh=settings.mesh)
+        )
         progress = progress or _choose_progress(settings, stack)
         if resume:
             check_same_run(folder.config, config, progress.note)
-        checkpoints = Checkpoints(
-            folder.checkpoints_path,
-            identity=run_identity(config),
-            keep=settings.keep_checkpoints,
-            note=progress.note,
+        checkpoints = open_checkpoints(
+            folder, identity=run_identity(config), keep=settings.keep_checkpoints, note=progress.note
         )
         stack.callback(checkpoints.close)
         programs, loaded = _compile(model, train, settings, lora)
         streamed = settings.schedule == "streamed"
-        frozen, state = programs.start(programs.params if streamed else jax.device_put(loaded.params))
+        frozen, state = programs.start(programs.params if streamed else loaded.params)
+        step, guard = with_agreed_signals(programs.step, guard)
         receipt = make_receipt(
             programs.recipe, loaded.config, state, {} if streamed else frozen,
             (settings.accumulate, settings.batch_size, train.seq_length),
         )  # fmt: skip
+        if programs.mesh is not None:
+            progress.note(f"mesh {settings.mesh}: {mesh_receipt((state, frozen), programs.mesh)}")
         evaluate = _evaluator(programs, frozen, held_out, settings, guard)
 
         restored = checkpoints.restore(state) if resume else None
         start_step = 0 if restored is None else restored[0]
         keep_to_step = start_step if resume else None
-        log = stack.enter_context(MetricsLog(folder.metrics_path, keep_to_step=keep_to_step))
+        log = stack.enter_context(open_log(folder, keep_to_step=keep_to_step))
         if 0 not in log.evaluations:
             log.append("receipt", step=0, **receipt.to_json())
         checkpoints.check_space(state)
@@ -165,7 +169,7 @@ def finetune(
             state = restored[1]
         batches = DatasetBatches(train, settings)
         loop = train_loop(
-            programs.step, state, frozen, batches, settings, schedule=programs.schedule, start_step=start_step,
+            step, state, frozen, batches, settings, schedule=programs.schedule, start_step=start_step,
             checkpoints=checkpoints, metrics_log=log, evaluate=evaluate, guard=guard, progress=progress, hooks=hooks,
         )  # fmt: skip
         if loop.step not in log.evaluations:
@@ -176,7 +180,7 @@ def finetune(
             run_dir=folder.path,
             mode=programs.mode,
             model=loaded,
-            trainable=loop.state.trainable,
+            trainable=loop.state.trainable if programs.mesh is None else gather(loop.state.trainable),
             steps=loop.step,
             held_out_before=_eval_result(log.evaluations[0]),
             held_out_after=_eval_result(log.evaluations[loop.step]),
@@ -192,7 +196,7 @@ def finetune(
             ),
             figures=loop.figures,
         )
-        _write_result(folder.path / "result.json", result)
+        on_first(lambda: _write_result(folder.path / "result.json", result))
     return result
 
 
@@ -225,7 +229,7 @@ def _layer_source(model: Any) -> LayerSource:
 
 
 def _evaluator(
-    programs: Programs, frozen: PyTree, held_out: PackedDataset, settings: TrainSettings, guard: SignalGuard
+    programs: Programs, frozen: PyTree, held_out: PackedDataset, settings: TrainSettings, guard: Received
 ) -> Callable[[PyTree], EvalResult | None]:
     return lambda trainable: evaluate_with(
         programs.evaluate,
@@ -238,7 +242,7 @@ def _evaluator(
     )
 
 
-def _stopped(guard: SignalGuard, rest: str) -> Interrupted:
+def _stopped(guard: Received, rest: str) -> Interrupted:
     assert guard.received is not None  # only a signal stops an evaluation
     return Interrupted(f"stopped by {signal_name(guard.received)} {rest}", guard.received)
 
@@ -257,13 +261,15 @@ def _choose_progress(settings: TrainSettings, stack: contextlib.ExitStack) -> Pr
     def resident() -> int | None:
         return process_memory().rss_bytes
 
+    if jax.process_index():
+        return SilentProgress()
     if sys.stderr.isatty():
         return stack.enter_context(LiveProgress(settings.steps, memory_bytes=resident))
     return PlainProgress(settings.steps, memory_bytes=resident)
 
 
 def _tokens_per_s(loop: LoopResult, metrics_path: Path) -> float | None:
-    if loop.tokens_per_s is not None:
+    if loop.tokens_per_s is not None or jax.process_index():
         return loop.tokens_per_s
     logged = [r["n_positions"] / r["seconds"] for r in read_metrics(metrics_path) if r["kind"] == "train"]
     return statistics.median(logged) if logged else None

@@ -24,7 +24,7 @@ from edgejax.train.learning_rate import rates
 from edgejax.train.metrics import MetricsLog
 from edgejax.train.progress import Progress, SilentProgress
 from edgejax.train.settings import TrainSettings
-from edgejax.train.signals import SignalGuard, signal_name
+from edgejax.train.signals import Received, SignalGuard, signal_name
 from edgejax.train.state import TrainState
 
 StepFunction = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -71,7 +71,7 @@ def train_loop(
     checkpoints: Checkpoints | None = None,
     metrics_log: MetricsLog | None = None,
     evaluate: Callable[[PyTree], EvalResult | None] | None = None,
-    guard: SignalGuard | None = None,
+    guard: Received | None = None,
     progress: Progress | None = None,
     hooks: Sequence[Callable[[StepFigures], None]] = (),
 ) -> LoopResult:
@@ -152,7 +152,7 @@ class _Run:
     checkpoints: Checkpoints | None
     metrics_log: MetricsLog | None
     evaluate: Callable[[PyTree], EvalResult | None] | None
-    guard: SignalGuard
+    guard: Received
     progress: Progress
     hooks: tuple[Callable[[StepFigures], None], ...]
     start_step: int

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from edgejax.core.allocator import release_freed_memory
 from edgejax.core.arrays import PyTree
 from edgejax.data import Batch
 from edgejax.models import LoraConfig, ModelConfig
 from edgejax.train.learning_rate import make_schedule
+from edgejax.train.mesh import make_mesh, parse_mesh
 from edgejax.train.recipe import StepRecipe, abstract_run, make_evaluation, make_step, start_run
 from edgejax.train.settings import TrainSettings
 from edgejax.train.state import TrainState
@@ -28,6 +30,7 @@ class Programs(NamedTuple):
     Attributes:
       mode: ``lora`` or ``full``.
       recipe: how a step is computed.
+      mesh: the devices they run on; None: one.
       schedule: the learning rate by step.
       start: from the model's parameters to ``(frozen, state)`` before the first step.
       step: compiled ``(state, frozen, batch [A, B, T]) -> (state, metrics)``; takes the state by donation.
@@ -37,6 +40,7 @@ class Programs(NamedTuple):
 
     mode: Mode
     recipe: StepRecipe
+    mesh: Mesh | None
     schedule: optax.Schedule
     start: Callable[[PyTree], tuple[PyTree, TrainState]]
     step: Any
@@ -71,22 +75,26 @@ def compile_programs(
         warmup=settings.warmup,
         final_fraction=settings.final_rate_fraction,
     )
+    mesh = None if settings.mesh is None else make_mesh(parse_mesh(settings.mesh))
     recipe = settings.recipe(mode, settings.learning_rate if settings.is_constant else schedule)
 
-    def start(params: PyTree) -> tuple[PyTree, TrainState]:
-        return start_run(recipe, config, params, lora)
+    streamed = recipe.schedule == "streamed"
 
-    shapes = params if recipe.schedule == "streamed" else abstract(params)
+    def start(params: PyTree) -> tuple[PyTree, TrainState]:
+        placed = params if streamed or mesh is not None else jax.device_put(params)
+        return start_run(recipe, config, placed, lora, mesh)
+
+    shapes = params if streamed else abstract(params)
     frozen, state = abstract_run(recipe, config, shapes, lora)
-    step: Any = make_step(recipe, config, lora)
-    evaluate: Any = make_evaluation(recipe, config, lora)
+    step: Any = make_step(recipe, config, lora, mesh)
+    evaluate: Any = make_evaluation(recipe, config, lora, mesh)
     rows = (settings.batch_size, seq_length)
     compiled = (
         step.lower(state, frozen, abstract_batch(settings.accumulate, *rows)).compile(),
         evaluate.lower(state.trainable, frozen, abstract_batch(*rows)).compile(),
     )
     release_freed_memory()
-    return Programs(mode, recipe, schedule, start, *compiled, shapes)
+    return Programs(mode, recipe, mesh, schedule, start, *compiled, shapes)
 
 
 def abstract(tree: PyTree) -> PyTree:

@@ -4,6 +4,7 @@ A recipe is checked when it is made; ``make_step`` and ``start_run`` turn it int
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from edgejax.core.arrays import PyTree
 from edgejax.core.errors import ConfigError
@@ -22,6 +24,7 @@ from edgejax.train.held import hold_weights
 from edgejax.train.layerwise import make_layerwise_step
 from edgejax.train.layerwise_state import check_layerwise, init_layerwise
 from edgejax.train.optimizers import make_optimizer
+from edgejax.train.sharded import make_sharded_eval_step, make_sharded_step, start_over_mesh
 from edgejax.train.state import TrainState, init_state
 from edgejax.train.streamed import make_streamed_eval, make_streamed_step
 from edgejax.train.updater import CLIP_KINDS
@@ -112,10 +115,12 @@ class StepRecipe:
         return optax.chain(optimizer, stochastic_rounding(self.seed)) if self.bfloat16 else optimizer
 
 
-def make_step(recipe: StepRecipe, config: ModelConfig, lora: LoraConfig | None) -> Any:
+def make_step(
+    recipe: StepRecipe, config: ModelConfig, lora: LoraConfig | None, mesh: Mesh | None = None
+) -> Any:
     """The step ``(state, frozen, batch [A, B, T]) -> (state, metrics)``; the state is donated.
 
-    It is a jitted function, or with ``streamed`` an object that is called, lowered and compiled like one.
+    It is a jitted function, or with ``streamed`` or a mesh an object that is called, lowered and compiled like one.
     """
     decoder = Decoder(config, lora, recipe.mlp_tile)
     optimizer = recipe.make_optimizer()
@@ -124,28 +129,45 @@ def make_step(recipe: StepRecipe, config: ModelConfig, lora: LoraConfig | None) 
         return make_layerwise_step(decoder, optimizer, mode=recipe.mode, **parts)
     if recipe.schedule == "streamed":
         return make_streamed_step(decoder, optimizer, spill_to=recipe.spill_to, **parts)
-    return make_train_step(
-        decoder, optimizer, mode=recipe.mode, remat=recipe.remat, boundaries=recipe.boundaries
-    )
+    kept: Any = {"remat": recipe.remat, "boundaries": recipe.boundaries}
+    if mesh is not None:
+        return make_sharded_step(decoder, optimizer, mesh, mode=recipe.mode, **kept)
+    return make_train_step(decoder, optimizer, mode=recipe.mode, **kept)
 
 
-def make_evaluation(recipe: StepRecipe, config: ModelConfig, lora: LoraConfig | None) -> Any:
+def make_evaluation(
+    recipe: StepRecipe, config: ModelConfig, lora: LoraConfig | None, mesh: Mesh | None = None
+) -> Any:
     """``(trainable, frozen, batch [B, T]) -> (loss sum, counted tokens)``, lowered and compiled like the step."""
     decoder = Decoder(config, lora, recipe.mlp_tile)
-    return (
-        make_streamed_eval(decoder)
-        if recipe.schedule == "streamed"
-        else make_eval_step(decoder, mode=recipe.mode)
-    )
+    if recipe.schedule == "streamed":
+        return make_streamed_eval(decoder)
+    if mesh is not None:
+        return make_sharded_eval_step(decoder, mesh, mode=recipe.mode)
+    return make_eval_step(decoder, mode=recipe.mode)
 
 
 def start_run(
-    recipe: StepRecipe, config: ModelConfig, params: PyTree, lora: LoraConfig | None
+    recipe: StepRecipe,
+    config: ModelConfig,
+    params: PyTree,
+    lora: LoraConfig | None,
+    mesh: Mesh | None = None,
 ) -> tuple[PyTree, TrainState]:
-    """``(frozen, state)`` before the first step; ``params`` are a ``LayerSource`` with ``streamed``. Trained leaves are never the model's own buffers: the step donates.
+    """``(frozen, state)`` before the first step. Trained leaves are never the model's own buffers: the step donates.
 
     One program makes it all: the code of each small program stays in memory, some megabytes of it.
+
+    Args:
+      recipe: how steps are computed.
+      config: the decoder's.
+      params: its parameters; a ``LayerSource`` with ``streamed``.
+      lora: which layers get adapters; None trains all parameters.
+      mesh: devices to place both on; None: the default one.
     """
+    if mesh is not None:
+        start = functools.partial(start_run, recipe, config, lora=lora)
+        return start_over_mesh(start, recipe.mode, params, mesh)
     optimizer = recipe.make_optimizer()
 
     def begin(trainable: PyTree) -> TrainState:

@@ -11,11 +11,13 @@ import optax
 
 from edgejax.core.errors import ConfigError
 from edgejax.train.learning_rate import SCHEDULES, warmup_steps
+from edgejax.train.mesh import check_mesh, parse_mesh
 from edgejax.train.recipe import StepRecipe
 from edgejax.train.whole import Mode
 
-# Changing these between stop and resume changes no trained bit.
+# Changing these between stop and resume changes no trained bit; a mesh changes the order in which rows are summed.
 _NOT_IN_FINGERPRINT = (
+    "mesh",
     "spill_to",
     "log_every",
     "eval_every",
@@ -55,6 +57,7 @@ class TrainSettings:
         None  # global, layer or previous (train.layerwise); None: the first that the schedule can
     )
     schedule: str = "whole"  # how a step is run: whole, layerwise or streamed
+    mesh: str | None = None  # devices that a step runs on, like data=4,shard=2 (train.mesh); None: one
     spill_to: str | None = None  # streamed: a folder where inputs of layers wait instead of in memory
     remat: str = "full"  # what a layer keeps for the backward pass: a policy of memory.remat
     boundaries: str = "f32"  # how the inputs of layers wait for it: f32, bf16 or int8 (memory.residuals)
@@ -100,6 +103,8 @@ class TrainSettings:
             json.dumps(self.optimizer_options, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"optimizer_options must be JSON values: {error}") from error
+        if self.mesh is not None:
+            check_mesh(parse_mesh(self.mesh), batch_size=self.batch_size, schedule=self.schedule)
         rate = self.learning_rate if self.is_constant else lambda step: self.learning_rate + 0 * step
         self.recipe("full" if self.bfloat16 else "lora", rate)
 

@@ -12,8 +12,17 @@ import socket
 import sys
 import threading
 from types import FrameType
+from typing import Protocol
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Received(Protocol):
+    """What a run asks of a ``SignalGuard``."""
+
+    @property
+    def received(self) -> int | None:
+        """Number of the first signal, if any."""
 
 
 class SignalGuard:
