@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MEMORY_NOTES = {
     "weights": "the frozen base, bytes of its arrays",
     "adapters": "what is trained, bytes of its arrays",
-    "trained weights": "float32, bytes of their arrays",
+    "trained weights": "all that are trained, bytes of their arrays",
     "optimizer": "its state, bytes of its arrays",
     "activations": "XLA's temporary memory of one step: activations, gradients, scratch (buffer assignment)",
     "runtime": "resident before the model was loaded: Python, JAX, libraries",
@@ -122,6 +122,7 @@ def report_data(
         peak_bytes=result.memory.peak_rss_bytes,
         memory_bytes=memory_by_source(result),
         memory_notes=MEMORY_NOTES,
+        receipt=result.receipt.entries(),
         settings=given | {"sequence length": rows.train.seq_length} | adapters | settings.to_json(),
         versions=package_versions(),
         hashes={

@@ -43,6 +43,7 @@ class ReportData:
     peak_bytes: int | None = None  # of the process, as the operating system saw it
     memory_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by source
     memory_notes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # how each source is known
+    receipt: Mapping[str, str] = dataclasses.field(default_factory=dict)  # each tree as it was allocated
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 by what was hashed
@@ -60,6 +61,7 @@ def report_html(run: ReportData) -> str:
     sections = [
         _section("Loss", loss_chart(run.train_loss, run.held_out_loss) + _held_out_table(run.held_out_loss)),
         _section("Memory by source", byte_bar(run.memory_bytes, run.memory_notes)),
+        _section("Receipt", _pairs(run.receipt)),
         _section("Before and after", "".join(_sample(sample) for sample in run.samples)),
         _section("Settings", _pairs(run.settings)),
         _section("Versions and hashes", _pairs(run.versions) + _pairs(run.hashes, code=True)),

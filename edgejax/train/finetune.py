@@ -21,6 +21,7 @@ from edgejax.measure.memory import MemoryReport, memory_report, process_memory
 from edgejax.models import LoraConfig
 from edgejax.train.batches import DatasetBatches
 from edgejax.train.evaluate import EvalResult, evaluate_with
+from edgejax.train.held import on_host
 from edgejax.train.identity import ModelLike, OpenedLike, check_same_run, run_config, run_identity
 from edgejax.train.loop import LoopResult, StepFigures, log_evaluation, train_loop
 from edgejax.train.metrics import read_metrics
@@ -44,7 +45,7 @@ class FinetuneResult:
     run_dir: Path
     mode: Mode
     model: Any  # the base with its weights: what was given, or what its load() gave
-    trainable: PyTree  # adapters (lora) or all parameters, float32 (full)
+    trainable: PyTree  # adapters, float32 (lora), or all parameters, float32 or bfloat16 (full)
     steps: int
     held_out_before: EvalResult
     held_out_after: EvalResult
@@ -97,7 +98,8 @@ def finetune(
       train: rows to learn from.
       held_out: rows to judge by.
       settings: how to train; ``TrainSettings()`` if None.
-      lora: which layers get adapters; None trains all parameters, as float32 copies.
+      lora: which layers get adapters; None trains all parameters: copies in float32, or
+        bfloat16 where the settings say so.
       out_dir: the run's folder (``run_folder.py``).
       resume: go on with the run that is there, from its newest whole checkpoint.
       overwrite: replace the run that is there.
@@ -145,6 +147,7 @@ def finetune(
             programs.recipe, loaded.config, state, {} if streamed else frozen,
             (settings.accumulate, settings.batch_size, train.seq_length),
         )  # fmt: skip
+        progress.note(f"receipt\n{receipt}")
         if programs.mesh is not None:
             progress.note(f"mesh {settings.mesh}: {mesh_receipt((state, frozen), programs.mesh)}")
         evaluate = _evaluator(programs, frozen, held_out, settings, guard)
@@ -180,7 +183,9 @@ def finetune(
             run_dir=folder.path,
             mode=programs.mode,
             model=loaded,
-            trainable=loop.state.trainable if programs.mesh is None else gather(loop.state.trainable),
+            trainable=on_host(
+                loop.state.trainable if programs.mesh is None else gather(loop.state.trainable)
+            ),
             steps=loop.step,
             held_out_before=_eval_result(log.evaluations[0]),
             held_out_after=_eval_result(log.evaluations[loop.step]),

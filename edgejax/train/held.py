@@ -1,13 +1,15 @@
 """Trained parameters as they are held and as they are computed with.
 
 With bfloat16 weights, matrices are held as bit patterns (``quant.Bfloat16Array``), and vectors (norm scales, biases, 0.03%
-of a decoder) stay float32. The optimizer sees plain bfloat16 arrays, the model float32 ones.
+of a decoder) stay float32. The optimizer updates plain bfloat16 arrays (its state begins as that
+of float32 ones, which their gradients are), the model computes with float32 ones.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from edgejax.core.arrays import PyTree
 from edgejax.quant import Bfloat16Array, dequantize, is_quantized
@@ -45,6 +47,21 @@ def held_like(params: PyTree, template: PyTree) -> PyTree:
     """The opposite of ``plain``, in the form that ``template`` has."""
     hold = lambda old, new: Bfloat16Array.hold(new) if is_pattern(old) else new  # noqa: E731
     return jax.tree.map(hold, template, params, is_leaf=is_pattern)
+
+
+def on_host(params: PyTree) -> PyTree:
+    """Trained parameters as a finished run gives them: bit patterns as bfloat16 numpy arrays, not copied on a CPU.
+
+    Example:
+      >>> held = hold_weights({"kernel": jnp.ones((2, 2))}, bfloat16=True)
+      >>> on_host(held)["kernel"].dtype
+      dtype(bfloat16)
+    """
+
+    def view(leaf: Any) -> Any:
+        return np.asarray(leaf.pattern).view(jnp.bfloat16) if is_pattern(leaf) else leaf
+
+    return jax.tree.map(view, params, is_leaf=is_pattern)
 
 
 def is_pattern(leaf: Any) -> bool:

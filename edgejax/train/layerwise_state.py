@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from edgejax.core.arrays import Array, PyTree
 from edgejax.core.errors import ConfigError
-from edgejax.train.held import plain
+from edgejax.train.held import wide
 
 TABLE_ROWS = 4096  # of a part: logits [512, 4096] are 8 MiB, a float32 gradient [4096, 576] is 9 MiB
 TABLES = (("embed", "table"), ("head", "kernel"))
@@ -69,7 +69,7 @@ def init_layerwise(trainable: PyTree, optimizer: optax.GradientTransformation) -
     """The state before the first step, for adapters or all parameters."""
 
     def init_block(block: PyTree) -> PyTree:
-        return optimizer.init(plain({"blocks": block}))
+        return optimizer.init(wide({"blocks": block}))
 
     tables = {}
     for name, leaf in TABLES:
@@ -88,7 +88,7 @@ def _init_table(table, names: tuple[str, str], optimizer: optax.GradientTransfor
     count, rows, rest = table_parts(table.shape[0])
 
     def init(part: PyTree) -> PyTree:
-        return optimizer.init(plain({names[0]: {names[1]: part}}))
+        return optimizer.init(wide({names[0]: {names[1]: part}}))
 
     stacked = jax.tree.map(lambda leaf: leaf[: count * rows].reshape(count, rows, *leaf.shape[1:]), table)
     return TableState(

@@ -57,17 +57,21 @@ class Receipt:
         """Plain values."""
         return dataclasses.asdict(self) | {"bytes_per_parameter": self.bytes_per_parameter}
 
-    def lines(self) -> list[str]:
-        """For a terminal, a line a tree."""
-        rows = [
-            f"{tree.name:<16} {format_bytes(tree.n_bytes):>10}  {tree.bits_per_element:5.2f} bits an element"
-            + (f"; {len(tree.wide_leaves)} leaves in float32: {tree.why_wide}" if tree.wide_leaves else "")
-            for tree in self.trees
-        ]
-        rows.append(f"{'gradients':<16} {format_bytes(self.gradients_bytes):>10}  at once")
-        rows.append(f"{'layer inputs':<16} {format_bytes(self.boundaries_bytes):>10}  at once")
-        rows.append(f"{'all that trains':<16} {self.bytes_per_parameter:10.2f}  bytes a parameter")
-        return rows
+    def entries(self) -> dict[str, str]:
+        """What a person reads of each tree, by its name."""
+        found = {}
+        for tree in self.trees:
+            wide = f"; {len(tree.wide_leaves)} leaves in float32: {tree.why_wide}" if tree.wide_leaves else ""
+            found[tree.name] = (
+                f"{format_bytes(tree.n_bytes)}, {tree.bits_per_element:.2f} bits an element{wide}"
+            )
+        found["gradients"] = f"{format_bytes(self.gradients_bytes)} at once"
+        found["layer inputs"] = f"{format_bytes(self.boundaries_bytes)} at once"
+        found["all that trains"] = f"{self.bytes_per_parameter:.2f} bytes a parameter"
+        return found
+
+    def __str__(self) -> str:
+        return "\n".join(f"  {name:<16}{text}" for name, text in self.entries().items())
 
 
 def make_receipt(

@@ -97,6 +97,8 @@ class StepRecipe:
         optimizer = self.make_optimizer()
         if self.schedule != "whole":
             check_layerwise(optimizer)
+        if self.bfloat16:
+            _check_keeps_its_types(optimizer, self.optimizer)
 
     @property
     def clips_by(self) -> str:
@@ -113,6 +115,19 @@ class StepRecipe:
             options=self.optimizer_options,
         )
         return optax.chain(optimizer, stochastic_rounding(self.seed)) if self.bfloat16 else optimizer
+
+
+def _check_keeps_its_types(optimizer: optax.GradientTransformation, name: str) -> None:
+    """A compiled step takes a state of the types it gives."""
+    gradient = {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32)}
+    params = {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.bfloat16)}
+    before = jax.eval_shape(optimizer.init, gradient)
+    after = jax.eval_shape(optimizer.update, gradient, before, params)[1]
+    if [leaf.dtype for leaf in jax.tree.leaves(before)] != [leaf.dtype for leaf in jax.tree.leaves(after)]:
+        raise ConfigError(
+            f"the optimizer {name} changes the types of its state with bfloat16 weights; take float32 weights "
+            "(--base f32), or another optimizer"
+        )
 
 
 def make_step(

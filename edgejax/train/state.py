@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Int
 
 from edgejax.core.arrays import Array, PyTree
-from edgejax.train.held import plain
+from edgejax.train.held import wide
 
 
 class TrainState(NamedTuple):
@@ -25,5 +25,5 @@ class TrainState(NamedTuple):
 
 
 def init_state(trainable: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(plain(trainable)))
+    """The state before the first step; what an optimizer keeps of bfloat16 weights is float32, as their gradients are."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(wide(trainable)))

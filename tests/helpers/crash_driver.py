@@ -2,6 +2,7 @@
 
     python -m helpers.crash_driver kill FOLDER N_KILLS SEED     SIGKILL at random moments until done
     python -m helpers.crash_driver signals FOLDER               SIGINT, SIGTERM, and the second signal
+    python -m helpers.crash_driver optimizers FOLDER NAME ...   SIGKILL in a run of all parameters with each of them
 
 Everything is imported once and no back end is started before forking, so that a run begins in a moment. Prints one
 JSON object.
@@ -24,13 +25,15 @@ import orbax.checkpoint  # noqa: F401  imported once for all children
 import edgejax  # noqa: F401  first: the numerics guard
 from edgejax.core.errors import EdgejaxError
 from edgejax.train import SilentProgress, finetune, is_run_folder, read_metrics, tree_sha256
-from helpers.tiny_run import LORA, make_model, make_rows, make_settings
+from helpers.tiny_run import CONFIG, LORA, WIDER, make_model, make_rows, make_settings
 
 STEPS = 360
 PAUSE_S = 0.01  # a step of the tiny model takes a millisecond: too short to be hit
 
 
-def child(folder: Path, hook: Callable = lambda figures: time.sleep(PAUSE_S), **changes) -> int:
+def child(
+    folder: Path, hook: Callable = lambda figures: time.sleep(PAUSE_S), lora=LORA, config=CONFIG, **changes
+) -> int:
     """Forks a process that runs to the end and leaves the hash of what it trained; returns its id."""
     pid = os.fork()
     if pid:
@@ -42,7 +45,7 @@ def child(folder: Path, hook: Callable = lambda figures: time.sleep(PAUSE_S), **
             # An evaluation at the end only, and a checkpoint every third step: half of the time is spent saving.
             settings = make_settings(**{"steps": STEPS, "checkpoint_every": 3, "eval_every": None, **changes})
             result = finetune(
-                make_model(), make_rows(), make_rows(1, 5), settings, lora=LORA, out_dir=folder,
+                make_model(config=config), make_rows(), make_rows(1, 5), settings, lora=lora, out_dir=folder,
                 resume=is_run_folder(folder), progress=SilentProgress(), hooks=[hook],
             )  # fmt: skip
             (folder / "trained.txt").write_text(tree_sha256(result.trainable))
@@ -146,6 +149,27 @@ def signals(root: Path) -> dict:
     return codes
 
 
+def kill_each(root: Path, names: list[str]) -> dict:
+    """For each ``optimizer`` or ``optimizer/schedule``: the steps of the checkpoints at the kill, in bfloat16 weights."""
+    found = {}
+    for name in names:
+        optimizer, _, schedule = name.partition("/")
+        run = functools.partial(
+            child, lora=None, config=WIDER, steps=12, bfloat16=True, optimizer=optimizer,
+            schedule=schedule or "whole", remat="full", lr_schedule="constant", warmup=0,
+        )  # fmt: skip
+        whole, broken = (root / f"{optimizer}-{schedule}-{what}" for what in ("whole", "broken"))
+        assert wait(run(whole, hook=lambda figures: None)) == 0, whole.with_suffix(".log").read_text()
+        pid = run(broken, hook=lambda figures: time.sleep(0.1))
+        wait_until(pid, broken, functools.partial(has_trained, broken, 7))
+        os.kill(pid, signal.SIGKILL)
+        assert wait(pid) == 128 + signal.SIGKILL
+        found[name] = newest_checkpoint(broken)
+        code = wait(run(broken, hook=lambda figures: None))
+        assert code == 0, broken.with_suffix(".log").read_text()
+    return found
+
+
 def block_in_c(figures) -> None:
     """Waits in a system call that signals do not end, where Python runs no handlers: like a long compiled step."""
     import ctypes
@@ -158,7 +182,10 @@ def block_in_c(figures) -> None:
 if __name__ == "__main__":
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     what, root = sys.argv[1], Path(sys.argv[2])
-    out = (
-        signals(root) if what == "signals" else kill_again_and_again(root, int(sys.argv[3]), int(sys.argv[4]))
-    )
+    if what == "signals":
+        out = signals(root)
+    elif what == "optimizers":
+        out = kill_each(root, sys.argv[3:])
+    else:
+        out = kill_again_and_again(root, int(sys.argv[3]), int(sys.argv[4]))
     print(json.dumps(out))

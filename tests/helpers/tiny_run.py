@@ -22,6 +22,8 @@ CONFIG = ModelConfig(
     max_position=64,
 )
 LORA = LoraConfig(rank=2, alpha=4.0)
+# Matrices of a layer are large enough for narrow moments.
+WIDER = dataclasses.replace(CONFIG, d_model=64, d_ff=96, n_heads=4, head_dim=16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +42,9 @@ class Model:
     source: Source = dataclasses.field(default_factory=Source)
 
 
-def make_model(seed: int = 7, **source) -> Model:
+def make_model(seed: int = 7, config: ModelConfig = CONFIG, **source) -> Model:
     """Seeded weights, made by numpy: the same in every process, and nothing to compile."""
-    shapes = jax.eval_shape(lambda: Decoder(CONFIG).init(jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0)))
     random = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -50,7 +52,7 @@ def make_model(seed: int = 7, **source) -> Model:
         values = np.ones(leaf.shape) if is_scale else 0.3 * random.standard_normal(leaf.shape)
         return values.astype(np.float32)
 
-    return Model(CONFIG, jax.tree_util.tree_map_with_path(fill, shapes), Source(**source))
+    return Model(config, jax.tree_util.tree_map_with_path(fill, shapes), Source(**source))
 
 
 def make_rows(seed: int = 0, n_documents: int = 12) -> PackedDataset:

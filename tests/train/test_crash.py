@@ -48,6 +48,24 @@ def test_kill_nine_at_random_moments(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("adamw", "adamw8bit", "adamw4bit/layerwise", "apollo"),
+        ("apollo_mini/layerwise", "scale_sgd", "lion8bit/layerwise", "sgd8bit"),
+    ],
+)
+def test_every_optimizer_goes_on_with_the_same_bits_after_kill_nine(tmp_path, names):
+    saved = drive("optimizers", str(tmp_path), *names)
+    for name in names:
+        assert saved[name] >= 3, f"{name} was killed before it had a checkpoint"
+        optimizer, _, schedule = name.partition("/")
+        whole, broken = (tmp_path / f"{optimizer}-{schedule}-{what}" for what in ("whole", "broken"))
+        assert_same_run(whole, broken)
+        assert (broken / "checkpoints").is_dir()
+
+
 def test_signals_save_and_say_how_to_go_on(tmp_path):
     seen = drive("signals", str(tmp_path))
     for name, code in (("SIGINT", 130), ("SIGTERM", 143)):
