@@ -71,7 +71,8 @@ def test_what_was_trained_in_bfloat16_is_what_is_exported(inputs, tmp_path, caps
     command = ["eval", "--model", str(out / "model"), "--data", str(held_out), "--seq", "32", "--json"]
     assert main(command) == 0
     exported = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert exported["loss"] == pytest.approx(trained["held_out_after"]["loss"], rel=1e-6)
+    # Not to the bit: norm scales, float32 while they train, are exported in bfloat16 too.
+    assert exported["loss"] == pytest.approx(trained["held_out_after"]["loss"], rel=1e-3)
     assert exported["loss"] < 0.9 * trained["held_out_before"]["loss"]
 
 
