@@ -1,4 +1,4 @@
-"""A function of single positions, run on a few of them at a time."""
+"""The MLP on a few positions at a time, or with a few of its hidden units."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
-from edgejax.core.arrays import Array
+from edgejax.core.arrays import Array, PyTree
 from edgejax.core.errors import ConfigError
 
 
@@ -55,3 +55,29 @@ def over_positions(
     tiles = jnp.moveaxis(padded.reshape(batch, n_tiles, size, width), 1, 0)
     out = lax.map(jax.checkpoint(function, prevent_cse=False), tiles)
     return jnp.moveaxis(out, 0, 1).reshape(batch, n_tiles * size, width)[:, :length]
+
+
+def sum_over_parts(
+    function: Callable[[PyTree, Float[Array, "B T D"]], Float[Array, "B T D"]],
+    parts: PyTree,
+    x: Float[Array, "B T D"],
+) -> Float[Array, "B T D"]:
+    """``sum_i function(parts[i], x)``, whose inner values exist for one part, forward and backward.
+
+    Only ``x`` and the parts are kept, so the backward pass makes a part's inner values again. Unlike tiles of positions
+    it reads each weight once a pass, whatever the number of parts.
+
+    Args:
+      function: from one part and ``x`` to a summand.
+      parts: leaves with a leading axis of parts.
+      x: ``[B, T, D]``.
+
+    Example:
+      >>> sum_over_parts(lambda w, x: w * x, jnp.array([1.0, 2.0]), jnp.ones((1, 2, 1))).tolist()
+      [[[3.0], [3.0]]]
+    """
+
+    def add(total: Array, part: PyTree) -> tuple[Array, None]:
+        return total + function(part, x), None
+
+    return lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.zeros_like(x), parts)[0]

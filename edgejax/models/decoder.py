@@ -12,8 +12,9 @@ from edgejax.core.arrays import Array, ArrayLike, PyTree
 from edgejax.data.batch import Batch
 from edgejax.kernels.attention import attention
 from edgejax.losses import next_token_loss
-from edgejax.memory.tiles import check_tile, over_positions
+from edgejax.memory.tiles import check_tile, over_positions, sum_over_parts
 from edgejax.models.config import ModelConfig
+from edgejax.models.hidden_parts import count_hidden_parts, cut_hidden_units
 from edgejax.models.layers import INIT_STD, Block, RMSNorm
 from edgejax.models.lora import LoraConfig
 from edgejax.models.rope import RopeTables, rope_tables
@@ -35,7 +36,8 @@ class Decoder:
 
     With ``mlp_tile`` the MLP's wide values ``[B, t, F]`` exist for that many positions of a row at once, forward and
     backward, and are made again for the backward pass; those that a remat policy names are kept as it says (``none``
-    keeps two of all positions).
+    keeps two of all positions). With ``in_parts`` the MLP is summed over parts of its hidden units, of which one exists at
+    a time.
 
     Raises:
       ConfigError: ``mlp_tile`` below 1.
@@ -44,6 +46,7 @@ class Decoder:
     config: ModelConfig
     lora: LoraConfig | None = None
     mlp_tile: int | None = None  # positions of a row; None: all at once
+    in_parts: bool = False
 
     def __post_init__(self):
         check_tile(self.mlp_tile)
@@ -90,7 +93,16 @@ class Decoder:
         variables = {"params": block_params, "lora": block_adapters}
         layer = Block(self.config, self.lora)
         h = cast(Array, layer.apply(variables, h, rope, sliding, segment_ids, method=_attend))
-        mlp = lambda h: cast(Array, layer.apply(variables, h, method=Block.mlp))  # noqa: E731
+        n_parts = count_hidden_parts(self.config) if self.in_parts else 1
+
+        def mlp(h: Array) -> Array:
+            if n_parts == 1:
+                return cast(Array, layer.apply(variables, h, method=Block.mlp))
+            x = cast(Array, layer.apply(variables, h, method=Block.norm_of_mlp))
+            part_of_mlp = lambda part, x: cast(Array, layer.apply(part, x, method=Block.gated_mlp))  # noqa: E731
+            x = sum_over_parts(part_of_mlp, cut_hidden_units(block_params, block_adapters, n_parts), x)
+            return cast(Array, layer.apply(variables, h, x, method=Block.add_mlp))
+
         return over_positions(mlp, h, self.mlp_tile)
 
     def sliding_flags(self) -> Bool[np.ndarray, " L"] | None:

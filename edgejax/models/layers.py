@@ -126,9 +126,18 @@ class Block(nn.Module):
 
     def mlp(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """``h`` plus the gated MLP of its norm; each position by itself."""
-        config = self.config
-        x = self.mlp_norm(h)
+        return self.add_mlp(h, self.gated_mlp(self.mlp_norm(h)))
+
+    def norm_of_mlp(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the gated MLP is given."""
+        return self.mlp_norm(h)
+
+    def gated_mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """``W_down (act(W_gate x) * W_up x)``: a sum over hidden units."""
         gate = checkpoint_name(self.gate_proj(x), "gate")
         up = checkpoint_name(self.up_proj(x), "up")
-        x = self.down_proj(_gated(gate, up, config.activation))
-        return h + (self.mlp_post_norm(x) if config.post_norms else x)
+        return self.down_proj(_gated(gate, up, self.config.activation))
+
+    def add_mlp(self, h: Float[Array, "B T D"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The layer's output from the input and the output of its MLP."""
+        return h + (self.mlp_post_norm(x) if self.config.post_norms else x)

@@ -21,12 +21,11 @@ from edgejax.measure.memory import MemoryReport, memory_report, process_memory
 from edgejax.models import LoraConfig
 from edgejax.train.batches import DatasetBatches
 from edgejax.train.evaluate import EvalResult, evaluate_with
-from edgejax.train.held import on_host
 from edgejax.train.identity import ModelLike, OpenedLike, check_same_run, run_config, run_identity
 from edgejax.train.loop import LoopResult, StepFigures, log_evaluation, train_loop
 from edgejax.train.metrics import read_metrics
 from edgejax.train.placement import mesh_receipt
-from edgejax.train.processes import gather, on_first, with_agreed_signals
+from edgejax.train.processes import on_first, with_agreed_signals
 from edgejax.train.programs import Programs, compile_programs
 from edgejax.train.progress import LiveProgress, PlainProgress, Progress, SilentProgress
 from edgejax.train.receipt import Receipt, make_receipt
@@ -183,9 +182,7 @@ def finetune(
             run_dir=folder.path,
             mode=programs.mode,
             model=loaded,
-            trainable=on_host(
-                loop.state.trainable if programs.mesh is None else gather(loop.state.trainable)
-            ),
+            trainable=programs.trained(loop.state.trainable),
             steps=loop.step,
             held_out_before=_eval_result(log.evaluations[0]),
             held_out_after=_eval_result(log.evaluations[loop.step]),

@@ -17,6 +17,7 @@ from edgejax.data.batch import Batch
 from edgejax.kernels.linear_ce.in_parts import HeadPass, first_pass, weight_gradient
 from edgejax.memory.residuals import batch_key, boundary_named, layer_key
 from edgejax.models import Decoder
+from edgejax.train.flat_adapters import FlatAdapters
 from edgejax.train.held import wide
 from edgejax.train.whole import Mode
 
@@ -44,10 +45,11 @@ class Passes:
       decoder: the model's functions.
       mode: ``full``: blocks, tables and norm are trained; ``lora``: adapters are, and blocks stay packed.
       boundaries: how inputs of layers are stored: f32, bf16 or int8.
+      flat: how a layer's adapters lie in one vector, if they are held so.
     """
 
-    def __init__(self, decoder: Decoder, mode: Mode, boundaries: str):
-        self.decoder, self.mode = decoder, mode
+    def __init__(self, decoder: Decoder, mode: Mode, boundaries: str, flat: FlatAdapters | None = None):
+        self.decoder, self.mode, self.flat = decoder, mode, flat
         self.boundary = boundary_named(boundaries)
 
     def embed(self, params: PyTree, batch: Batch) -> tuple[Float[Array, "A B T D"], PyTree]:
@@ -57,6 +59,7 @@ class Passes:
 
     def layer_forward(self, block, adapter, carry, batch: Batch, layer, sliding):
         """``(h, reference)`` after a layer, and its stored input; ``block`` and ``adapter`` are that layer's leaves."""
+        adapter = adapter if self.flat is None else self.flat.layer(adapter)
         block = wide(block) if self.mode == "full" else block
 
         def one_micro(operands):
@@ -117,6 +120,7 @@ class Passes:
         """
         dh, reference, square = passed_on
         weights = wide(trained) if self.mode == "full" else trained
+        weights = weights if self.flat is None else self.flat.layer(weights)
 
         def one_micro(operands):
             dh, reference, stored, micro = operands
@@ -131,6 +135,7 @@ class Passes:
             return gradient, (dh, reference)
 
         gradient, (dh, reference) = _summing_first(one_micro, (dh, reference, stored, batch))
+        gradient = gradient if self.flat is None else self.flat.vector(gradient)
         updater, factor = update
         new, opt_state, part = updater.update(
             {"blocks": trained}, opt_state, {"blocks": gradient}, layer, factor

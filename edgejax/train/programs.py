@@ -4,6 +4,7 @@ Compiling takes several hundred megabytes for a moment. A run therefore compiles
 the two are never in memory together.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,14 @@ from edgejax.data import Batch
 from edgejax.models import LoraConfig, ModelConfig
 from edgejax.train.learning_rate import make_schedule
 from edgejax.train.mesh import make_mesh, parse_mesh
-from edgejax.train.recipe import StepRecipe, abstract_run, make_evaluation, make_step, start_run
+from edgejax.train.recipe import (
+    StepRecipe,
+    abstract_run,
+    make_evaluation,
+    make_step,
+    start_run,
+    trained_leaves,
+)
 from edgejax.train.settings import TrainSettings
 from edgejax.train.state import TrainState
 from edgejax.train.whole import Mode
@@ -35,6 +43,7 @@ class Programs(NamedTuple):
       start: from the model's parameters to ``(frozen, state)`` before the first step.
       step: compiled ``(state, frozen, batch [A, B, T]) -> (state, metrics)``; takes the state by donation.
       evaluate: compiled ``(trainable, frozen, batch [B, T]) -> (loss sum, counted tokens)``.
+      trained: from ``state.trainable`` to what was trained, as the rest of the library takes it.
       params: shapes and dtypes of the parameters they were compiled for.
     """
 
@@ -45,6 +54,7 @@ class Programs(NamedTuple):
     start: Callable[[PyTree], tuple[PyTree, TrainState]]
     step: Any
     evaluate: Any
+    trained: Callable[[PyTree], PyTree]
     params: PyTree
 
     def fit(self, params: PyTree) -> bool:
@@ -94,7 +104,8 @@ def compile_programs(
         evaluate.lower(state.trainable, frozen, abstract_batch(*rows)).compile(),
     )
     release_freed_memory()
-    return Programs(mode, recipe, mesh, schedule, start, *compiled, shapes)
+    trained = functools.partial(trained_leaves, recipe, config, lora, mesh)
+    return Programs(mode, recipe, mesh, schedule, start, *compiled, trained, shapes)
 
 
 def abstract(tree: PyTree) -> PyTree:

@@ -14,19 +14,21 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from edgejax.core.arrays import PyTree
+from edgejax.core.arrays import Array, PyTree
 from edgejax.core.errors import ConfigError
 from edgejax.memory.remat import check_kept
 from edgejax.memory.tiles import check_tile
 from edgejax.models import Decoder, LoraConfig, ModelConfig, init_lora
 from edgejax.optim import stochastic_rounding
-from edgejax.train.held import hold_weights
+from edgejax.train.flat_adapters import FlatAdapters, check_elementwise
+from edgejax.train.held import hold_weights, on_host
 from edgejax.train.layerwise import make_layerwise_step
 from edgejax.train.layerwise_state import check_layerwise, init_layerwise
 from edgejax.train.optimizers import make_optimizer
+from edgejax.train.processes import gather
 from edgejax.train.sharded import make_sharded_eval_step, make_sharded_step, start_over_mesh
 from edgejax.train.state import TrainState, init_state
-from edgejax.train.streamed import make_streamed_eval, make_streamed_step
+from edgejax.train.streamed import init_streamed, make_streamed_eval, make_streamed_step
 from edgejax.train.updater import CLIP_KINDS
 from edgejax.train.whole import Mode, make_eval_step, make_train_step
 
@@ -97,6 +99,8 @@ class StepRecipe:
         optimizer = self.make_optimizer()
         if self.schedule != "whole":
             check_layerwise(optimizer)
+        if self.schedule == "streamed":
+            check_elementwise(optimizer)
         if self.bfloat16:
             _check_keeps_its_types(optimizer, self.optimizer)
 
@@ -137,7 +141,7 @@ def make_step(
 
     It is a jitted function, or with ``streamed`` or a mesh an object that is called, lowered and compiled like one.
     """
-    decoder = Decoder(config, lora, recipe.mlp_tile)
+    decoder = Decoder(config, lora, recipe.mlp_tile, recipe.schedule == "streamed")
     optimizer = recipe.make_optimizer()
     parts: Any = {"boundaries": recipe.boundaries, "clip_norm": recipe.clip_norm, "clip_by": recipe.clips_by}
     if recipe.schedule == "layerwise":
@@ -154,7 +158,7 @@ def make_evaluation(
     recipe: StepRecipe, config: ModelConfig, lora: LoraConfig | None, mesh: Mesh | None = None
 ) -> Any:
     """``(trainable, frozen, batch [B, T]) -> (loss sum, counted tokens)``, lowered and compiled like the step."""
-    decoder = Decoder(config, lora, recipe.mlp_tile)
+    decoder = Decoder(config, lora, recipe.mlp_tile, recipe.schedule == "streamed")
     if recipe.schedule == "streamed":
         return make_streamed_eval(decoder)
     if mesh is not None:
@@ -191,10 +195,28 @@ def start_run(
         return init_state(trainable, optimizer)
 
     if lora is not None:
-        from_adapters = lambda key: begin(init_lora(config, lora, key))  # noqa: E731
+
+        def from_adapters(key: Array) -> TrainState:
+            adapters = init_lora(config, lora, key)
+            if recipe.schedule == "streamed":
+                return init_streamed(adapters, config, lora, optimizer)
+            return begin(adapters)
+
         return params, jax.jit(from_adapters)(jax.random.key(recipe.seed))
     from_params = lambda params: begin(hold_weights(params, bfloat16=recipe.bfloat16))  # noqa: E731
     return {}, jax.jit(from_params)(params)
+
+
+def trained_leaves(
+    recipe: StepRecipe, config: ModelConfig, lora: LoraConfig | None, mesh: Mesh | None, trainable: PyTree
+) -> PyTree:
+    """What a run trained, as the rest of the library takes it: adapters as ``init_lora`` gives them, or parameters.
+
+    Those of a mesh are put together in process 0; each process must call it.
+    """
+    if recipe.schedule == "streamed" and lora is not None:
+        return FlatAdapters(config, lora).split(trainable)
+    return on_host(trainable if mesh is None else gather(trainable))
 
 
 def abstract_run(

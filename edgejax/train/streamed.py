@@ -3,14 +3,15 @@
 Two small programs run L times a step, one layer forward and one layer backward with its update; beside them one for the
 embedding and one for the head. A layer's packed weights are pages of the file, mapped without a copy while its program
 runs and given back afterwards, so a model may be larger than memory (as MeBP, Song and Tang 2025, arXiv 2510.03425,
-does it on phones). What stays in memory is the adapters, their optimizer's state and the stored inputs of the layers,
-which can be narrow (``memory.residuals``) or spilled to a file.
+does it on phones). What stays in memory is the adapters, a vector a layer (``flat_adapters``), their optimizer's state
+and the stored inputs of the layers, which can be narrow (``memory.residuals``) or spilled to a file.
 
-It computes what ``layerwise`` does with adapters.
+It computes what ``layerwise`` does with adapters and an elementwise optimizer.
 """
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from edgejax.core.allocator import release_freed_memory
 from edgejax.core.arrays import PyTree
 from edgejax.core.errors import ConfigError, RunError
 from edgejax.core.in_place import replace_row
+from edgejax.core.small_code import small_code
 from edgejax.data.batch import Batch
-from edgejax.models import Decoder
-from edgejax.train.layerwise_state import LayerwiseState
+from edgejax.models import Decoder, LoraConfig, ModelConfig
+from edgejax.train.flat_adapters import FlatAdapters, check_elementwise
+from edgejax.train.layerwise_state import LayerwiseState, init_layerwise
 from edgejax.train.passes import Passes, mean_factor, row_of
 from edgejax.train.state import TrainState
 from edgejax.train.updater import Updater
@@ -76,16 +80,17 @@ def make_streamed_step(
       spill_to: a folder where stored inputs wait in a file that has no name; None keeps them in memory.
 
     Returns:
-      The step. ``state.trainable`` are adapters and ``state.opt_state`` is what ``init_layerwise`` gives for them; the
-      batch has leaves ``[A, B, T]``.
+      The step. Its state is what ``init_streamed`` gives, with a vector of all adapters for each layer
+      (``flat_adapters``); the batch has leaves ``[A, B, T]``.
 
     Raises:
-      ConfigError: no adapters, an optimizer that needs the whole gradient, an unknown way to clip or to store.
+      ConfigError: no adapters, an optimizer that needs the whole gradient or a whole matrix, an unknown way to clip or
+        to store.
       WeightsError: from the step, if the file changed since it was opened.
       RunError: from the step, if inputs cannot be spilled.
     """
-    _check_adapters(decoder)
-    passes = Passes(decoder, "lora", boundaries)
+    passes = Passes(decoder, "lora", boundaries, _flat(decoder))
+    check_elementwise(optimizer)
     return StreamedStep(_Programs(passes, Updater(optimizer, clip_norm, clip_by)), spill_to)
 
 
@@ -100,7 +105,7 @@ class StreamedStep:
     def __call__(self, state: TrainState, source: LayerSource, batch: Batch) -> tuple[TrainState, Metrics]:
         source.check_unchanged()
         programs = self._programs
-        batch = jax.tree.map(jnp.asarray, batch)
+        batch = jax.device_put(batch)
         tables = _mapped(source.tables())
         with _store(self._spill_to) as store:
             carry = _forward(programs, source, tables, state.trainable["blocks"], batch, store.put)
@@ -138,20 +143,28 @@ class ProgramBytes:
     generated_code_size_in_bytes: int
 
 
-def _check_adapters(decoder: Decoder) -> None:
+def init_streamed(
+    adapters: PyTree, config: ModelConfig, lora: LoraConfig, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first step, from adapters as ``init_lora`` gives them."""
+    trainable = FlatAdapters(config, lora).join(adapters)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, init_layerwise(trainable, optimizer))
+
+
+def _flat(decoder: Decoder) -> FlatAdapters:
     if decoder.lora is None:
         raise ConfigError(
             "the streamed schedule trains adapters beside frozen weights; it has no full-parameter training (layerwise has)"
         )
+    return FlatAdapters(decoder.config, decoder.lora)
 
 
 def make_streamed_eval(decoder: Decoder) -> "StreamedEval":
-    """Build ``(adapters, source, batch [B, T]) -> (loss sum, counted tokens)``, a host function.
+    """Build ``(trainable, source, batch [B, T]) -> (loss sum, counted tokens)``, a host function.
 
     Raises:
       ConfigError: no adapters.
     """
-    _check_adapters(decoder)
     return StreamedEval(decoder)
 
 
@@ -159,12 +172,12 @@ class StreamedEval:
     """What ``make_streamed_eval`` gives; compiled by its first call."""
 
     def __init__(self, decoder: Decoder):
-        self._programs = _Programs(Passes(decoder, "lora", "f32"), None)
+        self._programs = _Programs(Passes(decoder, "lora", "f32", _flat(decoder)), None)
         self._loss = jax.jit(lambda tables, h, batch: decoder.head_loss(tables, h[0], batch, frozen=True))
 
     def __call__(self, adapters: PyTree, source: LayerSource, batch: Batch) -> tuple[jax.Array, jax.Array]:
         source.check_unchanged()
-        batch = jax.tree.map(jnp.asarray, batch)
+        batch = jax.device_put(batch)
         one = jax.tree.map(lambda leaf: leaf[None], batch)
         tables = _mapped(source.tables())
         h, _ = _forward(self._programs, source, tables, adapters["blocks"], one, lambda stored: None)
@@ -231,10 +244,11 @@ class _Programs:
 
             return replace_row(stacks, layer, on_row, passed_on)
 
-        self.embed: Any = jax.jit(passes.embed)
-        self.forward: Any = jax.jit(forward)
-        self.head: Any = jax.jit(head)
-        self.backward: Any = jax.jit(backward, donate_argnums=(0, 1))
+        jit = functools.partial(jax.jit, compiler_options=small_code())
+        self.embed: Any = jit(passes.embed)
+        self.forward: Any = jit(forward)
+        self.head: Any = jit(head)
+        self.backward: Any = jit(backward, donate_argnums=(0, 1))
         self.factor: Any = jax.jit(
             lambda norm: jnp.float32(1) if updater is None else updater.factor_of_step(norm)
         )
@@ -270,6 +284,7 @@ def _layer(source: LayerSource, layer: int, following: int, n_layers: int) -> It
         source.prefetch(following)
     yield _mapped(source.layer(layer))
     source.release(layer)
+    release_freed_memory()
 
 
 def _shapes(tree: PyTree) -> PyTree:

@@ -109,8 +109,11 @@ def _by_rows(x, rows, widen, matrix_axis: int):
         return widen(jax.tree.map(cut, rows))
 
     if matrix_axis == 1:
-        outputs = jax.lax.map(lambda i: _dot(x, part(i), 1), jnp.arange(n_parts))
-        return jnp.moveaxis(outputs, 0, -2).reshape(*x.shape[:-1], shape[0])
+
+        def put(i, whole):
+            return jax.lax.dynamic_update_slice_in_dim(whole, _dot(x, part(i), 1), i * size, axis=-1)
+
+        return jax.lax.fori_loop(0, n_parts, put, jnp.zeros((*x.shape[:-1], shape[0]), x.dtype))
 
     def add(i, total):
         own = jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=x.ndim - 1)

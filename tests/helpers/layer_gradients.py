@@ -32,11 +32,17 @@ class Outcome(NamedTuple):
 
 @functools.cache
 def outcome(
-    config: ModelConfig, length: int, rows: int, mode: str, mlp_tile: int | None = None, **kept
+    config: ModelConfig,
+    length: int,
+    rows: int,
+    mode: str,
+    mlp_tile: int | None = None,
+    in_parts: bool = False,
+    **kept,
 ) -> Outcome:
     """Loss and gradients of a calm model; computed once for all tests that compare with them."""
     compiled, arguments = value_and_gradient(
-        config, batch_of(config, length, rows), mode, mlp_tile=mlp_tile, **kept
+        config, batch_of(config, length, rows), mode, mlp_tile=mlp_tile, in_parts=in_parts, **kept
     )
     loss, gradients = jax.device_get(compiled(*arguments))
     return Outcome(float(loss), gradients, xla_memory(compiled).temp_bytes)
@@ -63,7 +69,9 @@ def calm_params(config: ModelConfig) -> dict[str, Any]:
     return params
 
 
-def value_and_gradient(config: ModelConfig, batch: Batch, mode: str, *, params=None, mlp_tile=None, **kept):
+def value_and_gradient(
+    config: ModelConfig, batch: Batch, mode: str, *, params=None, mlp_tile=None, in_parts=False, **kept
+):
     """The compiled ``(trained, frozen) -> (loss sum, gradients)`` and the trees to call it with."""
     params = jax.tree.map(jnp.asarray, calm_params(config) if params is None else params)
     lora = LORAS["all"] if mode == "adapters" else None
@@ -71,7 +79,7 @@ def value_and_gradient(config: ModelConfig, batch: Batch, mode: str, *, params=N
 
     def loss_sum(trained, frozen):
         base, added = (frozen, trained) if lora else (trained, {})
-        decoder = Decoder(config, lora, mlp_tile)
+        decoder = Decoder(config, lora, mlp_tile, in_parts)
         return loss(decoder, base, added, batch, frozen_head=lora is not None, **kept)[0]
 
     arguments = (adapters, params) if lora else (params, {})

@@ -14,7 +14,10 @@ from edgejax.cli.bench_inputs import _RandomSource
 from edgejax.core.errors import ConfigError, RunError, WeightsError
 from edgejax.models import Decoder, LoraConfig, ModelConfig, loss
 from edgejax.optim import adamw
-from edgejax.train import init_layerwise, init_state, make_streamed_eval, make_streamed_step, make_train_step
+from edgejax.train import init_state, make_optimizer, make_streamed_eval, make_streamed_step, make_train_step
+from edgejax.train.flat_adapters import FlatAdapters
+from edgejax.train.recipe import StepRecipe
+from edgejax.train.streamed import init_streamed
 from edgejax.weights import Origin, open_packed, write_packed
 
 SHAPE = (2, 1, 24)
@@ -26,6 +29,10 @@ def packed(config: ModelConfig, path, base="int4"):
     origin = Origin(name="random", format="random", sha256="", base=base)
     write_packed(path, _RandomSource(config, 0), origin=origin, base=base)
     return open_packed(path)
+
+
+def begin(config, lora, optimizer):
+    return init_streamed(random_adapters(config, lora), config, lora, optimizer)
 
 
 def on_device(source):
@@ -51,9 +58,12 @@ def test_adapters_are_those_of_whole_after_five_steps(family, tmp_path):
         batches,
     )
     ours, found = after(
-        make_streamed_step(decoder, optimizer), start(adapters, optimizer, init_layerwise), source, batches
+        make_streamed_step(decoder, optimizer),
+        init_streamed(adapters, config, lora, optimizer),
+        source,
+        batches,
     )
-    assert_close(ours.trainable, theirs.trainable)
+    assert_close(FlatAdapters(config, lora).split(ours.trainable), theirs.trainable)
     assert found[-1] == pytest.approx(expected[-1], rel=3e-5)  # the gradient norm sums up rounding errors
 
 
@@ -66,7 +76,7 @@ def test_spilled_inputs_are_the_same_bits(boundaries, tmp_path):
     kept, spilled = (
         after(
             make_streamed_step(Decoder(config, lora), optimizer, boundaries=boundaries, clip_norm=0.1, spill_to=folder),
-            start(adapters, optimizer, init_layerwise), source, batches,
+            init_streamed(adapters, config, lora, optimizer), source, batches,
         )[0]
         for folder in (None, tmp_path)
     )  # fmt: skip
@@ -80,7 +90,7 @@ def test_the_held_out_loss_is_that_of_the_model(tmp_path):
     source = packed(config, tmp_path / "m.ejx")
     adapters, decoder = random_adapters(config, lora), Decoder(config, lora)
     rows = jax.tree.map(lambda leaf: leaf[0], batch(config, 0, SHAPE))
-    found = make_streamed_eval(decoder)(adapters, source, rows)
+    found = make_streamed_eval(decoder)(FlatAdapters(config, lora).join(adapters), source, rows)
     wanted = loss(decoder, on_device(source), adapters, rows)
     assert float(found[0]) == pytest.approx(float(wanted[0]), rel=1e-6)
     assert int(found[1]) == int(wanted[1])
@@ -91,7 +101,7 @@ def test_a_file_that_changes_under_the_run_stops_it_with_the_state_whole(tmp_pat
     source = packed(config, tmp_path / "m.ejx")
     optimizer = adamw(1e-2)
     step = make_streamed_step(Decoder(config, lora), optimizer)
-    state = start(random_adapters(config, lora), optimizer, init_layerwise)
+    state = begin(config, lora, optimizer)
     state, _ = step(state, source, batch(config, 0, SHAPE))
     os.utime(tmp_path / "m.ejx", (1, 1))
     with pytest.raises(WeightsError, match="written to while in use"):
@@ -103,7 +113,7 @@ def test_a_full_disk_or_a_missing_folder_for_spilled_inputs_is_named(tmp_path, m
     config, lora = CONFIGS["llama"], LORAS["all"]
     source = packed(config, tmp_path / "m.ejx")
     optimizer = adamw(1e-2)
-    state = start(random_adapters(config, lora), optimizer, init_layerwise)
+    state = begin(config, lora, optimizer)
     missing = make_streamed_step(Decoder(config, lora), optimizer, spill_to=tmp_path / "none")
     with pytest.raises(RunError, match=r"none.*choose another folder"):
         missing(state, source, batch(config, 0, SHAPE))
@@ -132,13 +142,27 @@ def test_full_parameter_training_is_refused():
         make_streamed_step(Decoder(CONFIGS["llama"]), adamw(1e-3))
 
 
+@pytest.mark.parametrize("name", ["apollo_mini", "scale_sgd", "lamb", "adafactor", "novograd"])
+def test_an_optimizer_that_looks_at_matrices_is_refused_with_what_can_be_done(name):
+    config, lora = CONFIGS["llama"], LORAS["all"]
+    with pytest.raises(ConfigError, match=r"looks at whole matrices.*layerwise or whole.*adamw8bit"):
+        make_streamed_step(Decoder(config, lora), make_optimizer(name, 1e-3, clip_norm=None))
+    with pytest.raises(ConfigError, match=r"whole matri"):
+        StepRecipe(schedule="streamed", optimizer=name)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adamw4bit", "lion8bit", "sgd8bit", "lion", "adam"])
+def test_elementwise_optimizers_stream(name):
+    StepRecipe(schedule="streamed", optimizer=name)
+
+
 def test_one_program_serves_all_layers(tmp_path):
     config = ModelConfig(**{**vars(CONFIGS["llama"]), "n_layers": 5})
     lora = LoraConfig(rank=2)
     source = packed(config, tmp_path / "m.ejx")
     optimizer = adamw(1e-2)
     step = make_streamed_step(Decoder(config, lora), optimizer)
-    state = start(random_adapters(config, lora), optimizer, init_layerwise)
+    state = begin(config, lora, optimizer)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **rest: compiled.append(name) if "backend_compile" in name else None
