@@ -39,16 +39,16 @@ def on_device(source):
     return jax.tree.map(jnp.asarray, source.load())
 
 
-GEMMA3_GAP = pytest.mark.xfail(reason="gemma3's adapters are up to 1e-4 off, not yet explained", strict=False)
+# At 1e-2 the random gemma3 is chaotic: after five steps the schedule whole itself, with a step's rows in one micro-batch
+# instead of two, is 1.3e-4 off, and the gradient's norm 0.2%.
+RATES = dict.fromkeys(CONFIGS, 1e-2) | {"gemma3": 1e-3}
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=GEMMA3_GAP if name == "gemma3" else ()) for name in CONFIGS]
-)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_adapters_are_those_of_whole_after_five_steps(family, tmp_path):
     config, lora = CONFIGS[family], LORAS["all"]
     source = packed(config, tmp_path / "m.ejx")
-    adapters, optimizer = random_adapters(config, lora), adamw(1e-2, **RATE)
+    adapters, optimizer = random_adapters(config, lora), adamw(RATES[family], **RATE)
     batches = [batch(config, seed, SHAPE) for seed in range(5)]
     decoder = Decoder(config, lora)
     theirs, expected = after(
@@ -64,7 +64,8 @@ def test_adapters_are_those_of_whole_after_five_steps(family, tmp_path):
         batches,
     )
     assert_close(FlatAdapters(config, lora).split(ours.trainable), theirs.trainable)
-    assert found[-1] == pytest.approx(expected[-1], rel=3e-5)  # the gradient norm sums up rounding errors
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("boundaries", ["f32", "bf16", "int8"])
