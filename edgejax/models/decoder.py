@@ -14,7 +14,7 @@ from edgejax.kernels.attention import attention
 from edgejax.losses import next_token_loss
 from edgejax.memory.tiles import check_tile, over_positions, sum_over_parts
 from edgejax.models.config import ModelConfig
-from edgejax.models.hidden_parts import count_hidden_parts, cut_hidden_units
+from edgejax.models.hidden_parts import count_hidden_parts, cut_adapters, hidden_parts_of
 from edgejax.models.layers import INIT_STD, Block, RMSNorm
 from edgejax.models.lora import LoraConfig
 from edgejax.models.rope import RopeTables, rope_tables
@@ -99,8 +99,12 @@ class Decoder:
             if n_parts == 1:
                 return cast(Array, layer.apply(variables, h, method=Block.mlp))
             x = cast(Array, layer.apply(variables, h, method=Block.norm_of_mlp))
-            part_of_mlp = lambda part, x: cast(Array, layer.apply(part, x, method=Block.gated_mlp))  # noqa: E731
-            x = sum_over_parts(part_of_mlp, cut_hidden_units(block_params, block_adapters, n_parts), x)
+            part_of = hidden_parts_of(block_params, block_adapters, n_parts)
+
+            def gated_part(part: tuple[Array, PyTree], x: Array) -> Array:
+                return cast(Array, layer.apply(part_of(*part), x, method=Block.gated_mlp))
+
+            x = sum_over_parts(gated_part, (jnp.arange(n_parts), cut_adapters(block_adapters, n_parts)), x)
             return cast(Array, layer.apply(variables, h, x, method=Block.add_mlp))
 
         return over_positions(mlp, h, self.mlp_tile)

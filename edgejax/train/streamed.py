@@ -24,6 +24,7 @@ import optax
 
 from edgejax.core.allocator import release_freed_memory
 from edgejax.core.arrays import PyTree
+from edgejax.core.cache import forget_traces
 from edgejax.core.errors import ConfigError, RunError
 from edgejax.core.in_place import replace_row
 from edgejax.core.small_code import small_code
@@ -261,12 +262,16 @@ class _Programs:
         carry = jax.eval_shape(self.embed, tables, batch)
         (h, reference), stored = jax.eval_shape(self.forward, block, adapters, carry, batch, number)
         dh = jax.eval_shape(self.head, tables, h, batch)[0].dh
-        stacks = (adapters, state.opt_state.blocks)
-        self.embed = self.embed.lower(tables, batch).compile()
-        self.forward = self.forward.lower(block, adapters, carry, batch, number).compile()
-        self.head = self.head.lower(tables, h, batch).compile()
-        passed_on = (dh, reference, factor)
-        self.backward = self.backward.lower(stacks, passed_on, stored, block, batch, number, factor).compile()
+        stacks, passed_on = (adapters, state.opt_state.blocks), (dh, reference, factor)
+        arguments = {
+            "embed": (tables, batch),
+            "forward": (block, adapters, carry, batch, number),
+            "head": (tables, h, batch),
+            "backward": (stacks, passed_on, stored, block, batch, number, factor),
+        }
+        for name, shapes in arguments.items():
+            setattr(self, name, getattr(self, name).lower(*shapes).compile())
+            forget_traces()  # before the next one: what is freed at once leaves no holes in the heap
 
     def memory_analysis(self) -> ProgramBytes:
         """Of the compiled ones."""

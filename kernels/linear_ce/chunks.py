@@ -11,12 +11,16 @@ from edgejax.core.arrays import Array
 from edgejax.quant.array import Weight, dequantize
 
 ROW_CHUNK = 512  # hidden rows at once: the head is widened anew for each, at 1% of the cost of the products
-VOCAB_CHUNK = 4096  # head rows at once: logits [512, 4096] are 8 MiB, a float32 chunk of D = 576 is 9 MiB
+VOCAB_CHUNK = 4096  # head rows at once: logits [512, 4096] are 8 MiB
+CHUNK_ELEMENTS = 9 * 2**18  # and at most so many elements of the head: 9 MiB in float32, 4096 rows of D = 576
+SMALLEST_VOCAB_CHUNK = 512
 
 
-def vocab_starts(vocab_size: int) -> tuple[int, jax.Array]:
-    """Chunk length and the first row of each chunk; the last chunk may reach back over the one before."""
-    chunk = min(VOCAB_CHUNK, vocab_size)
+def vocab_starts(weight: Weight) -> tuple[int, jax.Array]:
+    """Chunk length and the first row of each chunk of a head; the last chunk may reach back over the one before."""
+    vocab_size, width = weight.shape
+    fitting = CHUNK_ELEMENTS // width // SMALLEST_VOCAB_CHUNK * SMALLEST_VOCAB_CHUNK
+    chunk = min(VOCAB_CHUNK, max(fitting, SMALLEST_VOCAB_CHUNK), vocab_size)
     count = -(-vocab_size // chunk)
     return chunk, jnp.arange(count, dtype=jnp.int32) * chunk
 

@@ -72,7 +72,7 @@ def one_pass(
 
 def _over_vocabulary(h, weight, with_gradient: bool):
     """log-sum-exp of all logits of rows ``h [n, D]`` and, if wanted, softmax(h W^T) W ``[n, D]``."""
-    chunk, starts = vocab_starts(weight.shape[0])
+    chunk, starts = vocab_starts(weight)
 
     def step(carry, start):
         top, total, pulled = carry

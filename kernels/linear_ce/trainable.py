@@ -54,7 +54,7 @@ def _forward(hidden, weight, targets, mask):
 def _backward(residuals, d_loss):
     hidden, weight, targets, mask, lse_rows = residuals
     rows = valid_rows_first(hidden, targets, mask)
-    chunk, starts = vocab_starts(weight.shape[0])
+    chunk, starts = vocab_starts(weight)
 
     def over_vocabulary(carry, start):
         d_rows, d_weight = carry
@@ -81,7 +81,7 @@ linear_cross_entropy_trainable.defvjp(_forward, _backward)
 
 
 def _log_sum_exp(h, weight):
-    chunk, starts = vocab_starts(weight.shape[0])
+    chunk, starts = vocab_starts(weight)
 
     def step(carry, start):
         top, total = carry

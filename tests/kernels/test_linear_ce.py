@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from edgejax.core.errors import ConfigError
-from edgejax.kernels.linear_ce import linear_cross_entropy, linear_cross_entropy_reference
-from edgejax.kernels.linear_ce.chunks import ROW_CHUNK, VOCAB_CHUNK
+from edgejax.kernels.linear_ce import chunks, linear_cross_entropy, linear_cross_entropy_reference
+from edgejax.kernels.linear_ce.chunks import ROW_CHUNK, VOCAB_CHUNK, vocab_starts
 from edgejax.measure.memory import xla_memory
 from edgejax.quant import dequantize, quantize_int4, quantize_int8
 
@@ -249,3 +249,19 @@ def test_logits_are_never_all_in_memory(frozen):
 def test_logits_of_the_reference_are_all_in_memory():
     """So the measure above does see a buffer of that size."""
     assert temp_bytes_per_logit(linear_cross_entropy_reference, (0, 1)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "width", "chunk"),
+    [(49152, 576, 4096), (151936, 896, 2560), (151936, 2048, 1024), (300, 8192, 300)],
+)
+def test_a_chunk_of_a_wide_head_has_fewer_rows(vocab_size, width, chunk):
+    found, starts = vocab_starts(jax.ShapeDtypeStruct((vocab_size, width), np.float32))
+    assert found == chunk
+    assert len(starts) == -(-vocab_size // chunk)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_chunks_of_fewer_rows_give_the_same(frozen, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)
+    assert_loss_and_gradients(*inputs(vocab_size=1300), frozen=frozen)
