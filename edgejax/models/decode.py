@@ -82,7 +82,7 @@ def head_logits(decoder: Decoder, params: PyTree, h: Float[Array, "B D"]) -> Flo
     """Logits of single positions, float32; the head is widened a chunk of the vocabulary at a time."""
     normed, weight = decoder.final_norm(params, h), decoder.head_weight(params)
     vocab_size = weight.shape[0]
-    chunk, starts = vocab_starts(vocab_size)
+    chunk, starts = vocab_starts(weight)
 
     def one_chunk(logits, start):
         first = jnp.minimum(start, vocab_size - chunk)  # the last chunk reaches back where the table ends
