@@ -120,7 +120,9 @@ def test_one_that_does_not_come():
     meeting = Meeting((0, 3), (2, 3), timeout_s=0.5)
     assert "waited 0 s" in str(meeting.found[0])
     assert "for process 1 of 3; start every process" in str(meeting.found[0])
-    assert "process 2 cannot join the run: process 0 at 127.0.0.1" in str(meeting.found[1])
+    assert "process 2 cannot join the run: process 0 " in str(
+        meeting.found[1]
+    )  # gave up, or had waited as long
 
 
 def test_no_first_process():
