@@ -201,7 +201,7 @@ def test_sigterm_saves_and_says_how_to_go_on(folder, tmp_path):
             if line.startswith("step 1/"):
                 break
         child.send_signal(signal.SIGTERM)
-        _, rest = child.communicate(timeout=60)
+        _, rest = child.communicate(timeout=300)
     assert child.returncode == 143, rest
     assert f"edgejax finetune --resume --out {out}" in rest
     assert any((out / "checkpoints").iterdir())

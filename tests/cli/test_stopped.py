@@ -46,7 +46,7 @@ def python(code: str, *arguments: str, shell: str = "", **options) -> subprocess
     command = [sys.executable, "-c", code, *arguments]
     if shell:
         command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, **options)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
 
 
 # Signals
@@ -71,8 +71,11 @@ def test_a_signal_before_training(number, folder, tmp_path):
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child,
         open(pipe, "w"),  # returns when the child opens it to read
     ):
+        time.sleep(
+            1
+        )  # from opening to reading: a signal just before a read that blocks is seen only after it
         child.send_signal(number)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=300)
     assert (child.returncode, out) == (128 + number, "")
     assert err.startswith("edgejax finetune: interrupted")
     assert "Traceback" not in err
@@ -114,7 +117,7 @@ def test_a_signal_while_a_file_is_written_leaves_nothing(name, tmp_path):
 def test_a_signal_that_a_parent_ignores_stays_ignored():
     code = command_that("os.kill(os.getpid(), signal.SIGINT)\nprint('whole')")
     command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "whole\n", "")
 
 

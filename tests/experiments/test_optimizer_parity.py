@@ -36,7 +36,6 @@ def parity():
 
 
 # Published tables of Student's t (NIST/SEMATECH e-Handbook, section 1.3.6.7.2), to three places.
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("probability", "dof", "value"),
     [
@@ -76,7 +75,6 @@ def test_impossible_questions_are_refused(parity, bad):
         parity.tost.t_quantile(0.9, 0)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("mean", "sd", "expected"),
     [
