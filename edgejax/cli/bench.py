@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--boundaries", default=defaults.boundaries,
-        help="how inputs of layers wait for the backward pass: f32, bf16 or int8 (default: %(default)s)",
+        help="how inputs of layers wait for the backward pass: f32, bf16 (with them what attention and mlp keep) or "
+        "int8 (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--mlp-tile", type=int, default=defaults.mlp_tile, metavar="N",

@@ -61,6 +61,8 @@ def _run(given: dict[str, Any], out: Path, again: str) -> int:
     try:
         return _finetune(options, lora, out)
     except Interrupted as stop:
+        if not stop.resumable:
+            raise
         raise Interrupted(f"{stop}\n{again}", stop.exit_code - 128) from stop
     except KeyboardInterrupt as stop:  # before training, or while what was trained is written
         if not os.path.exists(out / "config.json"):

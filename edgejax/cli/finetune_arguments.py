@@ -135,7 +135,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="POLICY",
         help="what the backward pass recomputes: none, attention, mlp, full or sqrt",
     )
-    add("--boundaries", metavar="KIND", help="how inputs of layers wait for it: f32, bf16 or int8")
+    add(
+        "--boundaries",
+        metavar="KIND",
+        help="how inputs of layers wait for it: f32, bf16 (with them what attention and mlp keep) or int8",
+    )
     add(
         "--mlp-tile", type=whole_number, metavar="N", help="positions of a row whose MLP values exist at once"
     )

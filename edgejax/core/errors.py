@@ -34,8 +34,13 @@ class NonFiniteLossError(RunError):
 
 
 class Interrupted(EdgejaxError):
-    """SIGINT or SIGTERM arrived; the state was saved. ``exit_code`` is 128 + the signal's number."""
+    """SIGINT or SIGTERM arrived; what there was to save was saved. ``exit_code`` is 128 + the signal's number.
 
-    def __init__(self, message: str, signal_number: int):
+    Attributes:
+      resumable: whether a run had begun, so that there is one to go on with.
+    """
+
+    def __init__(self, message: str, signal_number: int, *, resumable: bool = True):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+        self.resumable = resumable

@@ -16,7 +16,7 @@ carry, and weights that do not train have none.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,18 @@ from edgejax.core.arrays import Array, ArrayLike, PyTree
 from edgejax.memory.residuals import Boundary, layer_key
 
 Layer = Callable[[Any, PyTree, PyTree], Any]  # (h, one layer's slice of the stack, shared) -> h
+
+
+class Keeping(NamedTuple):
+    """A layer that hands out values beside its output and takes them back instead of making them again.
+
+    Attributes:
+      forward: ``(h, one layer's slice, shared) -> (h, values)``; not differentiated. The values wait as they are given.
+      again: ``(h, one layer's slice, shared, values) -> h``, differentiable in h and the slice.
+    """
+
+    forward: Callable[[Any, PyTree, PyTree], tuple[Any, PyTree]]
+    again: Callable[[Any, PyTree, PyTree, PyTree], Any]
 
 
 def sqrt_group(n_layers: int) -> int:
@@ -61,6 +73,7 @@ def run_layers(
     *,
     boundary: Boundary,
     group: int = 1,
+    keeping: Keeping | None = None,
     key: Int[ArrayLike, ""] | int = 0,
 ) -> Float[Array, "B T D"]:
     """``h`` after all layers of ``stack``; differentiable once, in ``h`` and in the stack's float leaves.
@@ -73,9 +86,10 @@ def run_layers(
       shared: what all layers read (rotary tables, segment ids, None); has no gradient.
       boundary: how inputs of layers wait for the backward pass.
       group: layers of a group, k.
+      keeping: the same layer where more than its input waits; with groups of one layer.
       key: uint32 scalar, decides the rounding (``residuals.batch_key``).
     """
-    passes = _Passes(layer, boundary, group)
+    passes = _Passes(layer, boundary, group, keeping or _keeping_nothing(layer))
     run = jax.custom_vjp(passes.forward)
     run.defvjp(passes.forward_keeping, passes.backward, symbolic_zeros=True)
     return run(h, jax.tree.map(jnp.asarray, stack), shared, jnp.asarray(key, jnp.uint32))
@@ -84,8 +98,8 @@ def run_layers(
 class _Passes:
     """The forward and the backward pass over a stack; holds static values only."""
 
-    def __init__(self, layer: Layer, boundary: Boundary, group: int):
-        self.layer, self.boundary, self.group = layer, boundary, group
+    def __init__(self, layer: Layer, boundary: Boundary, group: int, keeping: Keeping):
+        self.layer, self.boundary, self.group, self.keeping = layer, boundary, group, keeping
 
     def forward(self, h, stack, shared, key):
         return lax.fori_loop(0, _length(stack), lambda i, h: self.layer(h, _slice(stack, i), shared), h)
@@ -99,11 +113,14 @@ class _Passes:
         def one_group(carry, first):
             h, reference = carry
             stored, reference = self.boundary.store(h, reference, layer_key(key, first))
+            if self.group == 1:
+                h, values = self.keeping.forward(h, _slice(stack, first), shared)
+                return (h, reference), (stored, values)
 
             def one_layer(j, h):
                 return self.layer(h, _slice(stack, first + j), shared)
 
-            return (_loop(self._count(first, n_layers), one_layer, h), reference), stored
+            return (_loop(self._count(first, n_layers), one_layer, h), reference), (stored, None)
 
         start = (h, self.boundary.start(h.shape))
         (h, reference), boundaries = lax.scan(one_group, start, jnp.arange(0, n_layers, self.group))
@@ -115,20 +132,21 @@ class _Passes:
         n_layers = _length((trained, frozen))
 
         def one_group(carry, group):
-            (dh, gradients, reference), (first, stored) = carry, group
+            (dh, gradients, reference), (first, (stored, values)) = carry, group
             h, reference = self.boundary.restore(stored, reference, layer_key(key, first))
 
             def weights_of(layer):
                 return _slice(trained, layer), _slice(frozen, layer)
 
-            def one_layer(h, layer, dh, gradients):
+            def one_layer(h, layer, dh, gradients, again=self.layer):
                 weights, constant = weights_of(layer)
-                _, pull = jax.vjp(lambda h, w: self.layer(h, _joined(w, constant), shared), h, weights)
+                _, pull = jax.vjp(lambda h, w: again(h, _joined(w, constant), shared), h, weights)
                 dh, found = pull(dh)
                 return dh, _put(gradients, found, layer)
 
             if self.group == 1:
-                dh, gradients = one_layer(h, first, dh, gradients)
+                recalling = lambda h, w, shared: self.keeping.again(h, w, shared, values)  # noqa: E731
+                dh, gradients = one_layer(h, first, dh, gradients, recalling)
             else:
                 count = self._count(first, n_layers)
                 again = lambda h, layer: self.layer(h, _joined(*weights_of(layer)), shared)  # noqa: E731
@@ -172,6 +190,10 @@ class _Passes:
     def _count(self, first, n_layers: int):
         """Layers of the group that starts at ``first``: static where all groups are equal."""
         return self.group if n_layers % self.group == 0 else jnp.minimum(self.group, n_layers - first)
+
+
+def _keeping_nothing(layer: Layer) -> Keeping:
+    return Keeping(lambda *args: (layer(*args), ()), lambda h, w, shared, _: layer(h, w, shared))
 
 
 def _loop(count, body, carry):

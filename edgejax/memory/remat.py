@@ -16,15 +16,19 @@ KEPT_VALUES: dict[str, tuple[str, ...]] = {
     "full": (),
 }
 POLICIES = (*KEPT_VALUES, "sqrt")  # sqrt: inputs of about sqrt(L) layers only (layer_stack)
-NARROW_WITH = {"bf16": ("full", "sqrt"), "int8": ("full",)}  # boundaries -> policies they go with
+NARROW_WITH = {
+    "bf16": ("full", "sqrt", "attention", "mlp"),
+    "int8": ("full",),
+}  # boundaries -> their policies
 
 
 def check_kept(remat: str, boundaries: str | Boundary = "f32") -> None:
     """Whether a policy and a storage of boundaries exist and go together.
 
-    ``none``, ``attention`` and ``mlp`` keep more float32 values of a layer than its input, so a narrow input would
-    save next to nothing. ``int8`` with ``sqrt`` would round a group's input once and the inputs inside it again: the
-    gradient's cosine falls below 0.9999, and its two references take what the narrower codes save.
+    ``none`` keeps many float32 values of a layer, beside which a narrow input would save next to nothing. What
+    ``attention`` and ``mlp`` keep waits in bf16 with the input, but for the log-sum-exps; ``int8`` codes small changes
+    from layer to layer, which that is not. ``int8`` with ``sqrt`` would round a group's input once and the inputs inside
+    it again: the gradient's cosine falls below 0.9999, and its two references take what the narrower codes save.
 
     Raises:
       ConfigError: an unknown name, or the two together.

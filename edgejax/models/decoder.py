@@ -1,7 +1,7 @@
 """A decoder as three pure functions: embed, block, head. Every schedule is made of these and nothing else."""
 
 import dataclasses
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 
 from edgejax.core.arrays import Array, ArrayLike, PyTree
 from edgejax.data.batch import Batch
-from edgejax.kernels.attention import attention
+from edgejax.kernels.attention import attention, attention_keeping, attention_recalled
 from edgejax.losses import next_token_loss
+from edgejax.memory.remat import ATTENTION
 from edgejax.memory.tiles import check_tile, over_positions, sum_over_parts
 from edgejax.models.config import ModelConfig
 from edgejax.models.hidden_parts import count_hidden_parts, cut_adapters, hidden_parts_of
@@ -88,11 +89,40 @@ class Decoder:
         rope: RopeTables,
         segment_ids: Int[ArrayLike, "B T"] | None = None,
         sliding: Bool[Array, ""] | None = None,
+        kept: dict[str, Array] | None = None,
     ) -> Float[Array, "B T D"]:
-        """One layer: ``block_params`` and ``block_adapters`` are one slice of the stacks."""
+        """One layer: ``block_params`` and ``block_adapters`` are one slice of the stacks.
+
+        With ``kept``, from ``block_keeping``, what is in there has its derivative but is not computed again.
+        """
+        variables = {"params": block_params, "lora": block_adapters}
+        attend_variables = variables | {"kept": kept or {}}
+        h = cast(
+            Array,
+            Block(self.config, self.lora).apply(
+                attend_variables, h, rope, sliding, segment_ids, method=_attend
+            ),
+        )
+        return self._mlp(variables, h)
+
+    def block_keeping(
+        self,
+        block_params: PyTree,
+        block_adapters: PyTree,
+        h: Float[Array, "B T D"],
+        rope: RopeTables,
+        segment_ids: Int[ArrayLike, "B T"] | None = None,
+        sliding: Bool[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """``block``, and ``attention_out``, ``attention_lse`` and ``mlp_input`` as they were made; not differentiable."""
         variables = {"params": block_params, "lora": block_adapters}
         layer = Block(self.config, self.lora)
-        h = cast(Array, layer.apply(variables, h, rope, sliding, segment_ids, method=_attend))
+        h, made = layer.apply(variables, h, rope, sliding, segment_ids, method=_attend, mutable=["kept"])
+        return self._mlp(variables, h), made["kept"]
+
+    def _mlp(self, variables: dict[str, PyTree], h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        layer = Block(self.config, self.lora)
+        block_params, block_adapters = variables["params"], variables["lora"]
         n_parts = count_hidden_parts(self.config) if self.in_parts else 1
 
         def mlp(h: Array) -> Array:
@@ -136,13 +166,19 @@ def _one_block(module: Block, h, rope, sliding):
 
 def _attend(module: Block, h, rope, sliding, segment_ids=None):
     q, k, v = module.project(h, rope, sliding)
-    attended = attention(
-        q,
-        k,
-        v,
-        segment_ids,
-        scale=module.config.query_scale,
-        window=module.config.sliding_window if any(module.config.sliding_layers) else None,
-        use_window=sliding,
-    )
+    config = module.config
+    how: Any = {
+        "scale": config.query_scale,
+        "window": config.sliding_window if any(config.sliding_layers) else None,
+        "use_window": sliding,
+    }
+    if module.is_mutable_collection("kept"):
+        attended, lse = attention_keeping(q, k, v, segment_ids, **how)
+        module.put_variable("kept", "attention_out", attended)
+        module.put_variable("kept", "attention_lse", lse)
+    elif module.has_variable("kept", "attention_out"):
+        kept: Any = [module.get_variable("kept", name) for name in ATTENTION]
+        attended = attention_recalled(q, k, v, *kept, segment_ids, **how)
+    else:
+        attended = attention(q, k, v, segment_ids, **how)
     return module.add_attended(h, attended)

@@ -1,15 +1,18 @@
 """The whole decoder as one function: layers under ``scan``, then loss or logits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from edgejax.core.arrays import Array, ArrayLike, PyTree
 from edgejax.data.batch import Batch
-from edgejax.memory.layer_stack import group_of, run_layers
+from edgejax.memory.layer_stack import Keeping, group_of, run_layers
 from edgejax.memory.remat import check_kept, rematerialize
 from edgejax.memory.residuals import Boundary, batch_key, boundary_named
 from edgejax.models.decoder import Decoder
+from edgejax.models.kept import KeptValues
 from edgejax.quant import dequantize
 
 
@@ -32,14 +35,18 @@ def hidden_states(
     layers = (params["blocks"], (adapters or {}).get("blocks", {}), decoder.sliding_flags())
     h = decoder.embed(params, tokens)
 
-    def one_layer(h, layer, shared):
+    def one_layer(h, layer, shared, kept=None):
         block_params, block_adapters, sliding = layer
-        return decoder.block(block_params, block_adapters, h, *shared, sliding)
+        return decoder.block(block_params, block_adapters, h, *shared, sliding, kept)
 
     if remat == "sqrt" or boundaries != "f32":
-        group = group_of(remat, decoder.config.n_layers)
-        storage = boundary_named(boundaries)
-        return run_layers(one_layer, h, layers, shared, boundary=storage, group=group, key=batch_key(tokens))
+        values = KeptValues.of(remat, boundaries)
+        keeping = Keeping(
+            lambda h, layer, shared: values.run(decoder, *layer[:2], h, *shared, layer[2]),
+            lambda h, layer, shared, stored: one_layer(h, layer, shared, values.restore(stored)),
+        )
+        how: Any = {"boundary": boundary_named(boundaries), "group": group_of(remat, decoder.config.n_layers)}
+        return run_layers(one_layer, h, layers, shared, keeping=keeping, key=batch_key(tokens), **how)
     kept = rematerialize(lambda h, layer: (one_layer(h, layer, shared), None), remat)
     return jax.lax.scan(kept, h, layers)[0]
 

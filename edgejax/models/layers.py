@@ -78,6 +78,15 @@ def _gated(gate, up, activation: str):
     return act * up
 
 
+@jax.custom_vjp
+def recalled(value: Float[Array, "..."], kept: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``kept``, with a derivative in ``value``: what makes ``value`` is then needed by nothing else."""
+    return kept
+
+
+recalled.defvjp(lambda value, kept: (kept, None), lambda _, d: (d, None))
+
+
 class Block(nn.Module):
     """One decoder layer, in two halves around attention so that training and cached decoding share it."""
 
@@ -122,7 +131,20 @@ class Block(nn.Module):
         """The layer's input plus what attention gave: the input of ``mlp``."""
         x = self.o_proj(attended.reshape(*h.shape[:-1], -1))
         h = h + (self.attn_post_norm(x) if self.config.post_norms else x)
-        return checkpoint_name(h, "mlp_input")
+        return self.keep("mlp_input", h)
+
+    def keep(self, name: str, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """``value``, which a remat policy may keep by its name.
+
+        A schedule with a backward pass of its own asks for it by making the collection ``kept`` mutable, and gives it
+        back there in that collection; what made it has its derivative then, and runs again only where that needs it.
+        """
+        value = checkpoint_name(value, name)
+        if self.is_mutable_collection("kept"):
+            self.put_variable("kept", name, value)
+        elif self.has_variable("kept", name):
+            value = recalled(value, self.get_variable("kept", name))
+        return value
 
     def mlp(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """``h`` plus the gated MLP of its norm; each position by itself."""

@@ -6,6 +6,7 @@ starts at zero, so that the first forward pass is the base model's to the bit.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ class LoraConfig:
     def __post_init__(self):
         if self.rank < 1:
             raise ConfigError(f"LoRA rank must be at least 1, not {self.rank}")
+        if not math.isfinite(self.alpha):
+            raise ConfigError(f"LoRA alpha must be a finite number, not {self.alpha}")
         if not self.targets:
             raise ConfigError(f"LoRA needs at least one target layer; there are: {', '.join(LINEAR_NAMES)}")
         unknown = [name for name in self.targets if name not in LINEAR_NAMES]

@@ -29,6 +29,9 @@ class EvalResult:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
+_NOTHING_COUNTS = "the held-out rows have no token whose loss counts; give other or more held-out text"
+
+
 def evaluate(
     decoder: Decoder,
     trainable: PyTree,
@@ -65,6 +68,16 @@ def evaluate(
     return result
 
 
+def check_counted(dataset: PackedDataset, max_rows: int | None = None) -> None:
+    """Refuses, before any work, rows that ``evaluate`` could not judge by.
+
+    Raises:
+      DataError: they hold no token whose loss counts.
+    """
+    if not any(batch.loss_mask.any() for batch in eval_batches(dataset, 1, max_rows)):
+        raise DataError(_NOTHING_COUNTS)
+
+
 def evaluate_with(
     eval_step: EvalStep,
     trainable: PyTree,
@@ -88,5 +101,5 @@ def evaluate_with(
     if waiting is not None:
         loss_sum, n_tokens = loss_sum + float(waiting[0]), n_tokens + int(waiting[1])
     if n_tokens == 0:
-        raise DataError("the held-out rows have no token whose loss counts; give other or more held-out text")
+        raise DataError(_NOTHING_COUNTS)
     return EvalResult(loss=loss_sum / n_tokens, n_tokens=n_tokens)

@@ -20,7 +20,7 @@ from edgejax.data import PackedDataset
 from edgejax.measure.memory import MemoryReport, memory_report, process_memory
 from edgejax.models import LoraConfig
 from edgejax.train.batches import DatasetBatches
-from edgejax.train.evaluate import EvalResult, evaluate_with
+from edgejax.train.evaluate import EvalResult, check_counted, evaluate_with
 from edgejax.train.identity import ModelLike, OpenedLike, check_same_run, run_config, run_identity
 from edgejax.train.loop import LoopResult, StepFigures, log_evaluation, train_loop
 from edgejax.train.metrics import read_metrics
@@ -125,6 +125,10 @@ def finetune(
     """
     started = time.perf_counter()
     settings = settings or TrainSettings()
+    if lora is not None and lora.scaling == 0:
+        raise ConfigError(
+            "LoRA alpha 0 scales the adapters and their gradients to nothing; give a number above 0"
+        )
     config = {**(record or {}), **run_config(model, train, held_out, settings, lora)}
     with contextlib.ExitStack() as stack:
         guard: Received = stack.enter_context(SignalGuard())
@@ -134,14 +138,22 @@ def finetune(
         progress = progress or _choose_progress(settings, stack)
         if resume:
             check_same_run(folder.config, config, progress.note)
+        check_counted(held_out, settings.eval_rows)
+        programs, loaded = _compile(model, train, settings, lora)
+        streamed = settings.schedule == "streamed"
+        frozen, state = programs.start(programs.params if streamed else loaded.params)
+        if guard.received is not None and not resume and jax.process_count() == 1:
+            raise Interrupted(
+                f"stopped by {signal_name(guard.received)} before the run began; nothing was written or removed",
+                guard.received,
+                resumable=False,
+            )
+        step, guard = with_agreed_signals(programs.step, guard)
+        on_first(folder.begin)
         checkpoints = open_checkpoints(
             folder, identity=run_identity(config), keep=settings.keep_checkpoints, note=progress.note
         )
         stack.callback(checkpoints.close)
-        programs, loaded = _compile(model, train, settings, lora)
-        streamed = settings.schedule == "streamed"
-        frozen, state = programs.start(programs.params if streamed else loaded.params)
-        step, guard = with_agreed_signals(programs.step, guard)
         receipt = make_receipt(
             programs.recipe, loaded.config, state, {} if streamed else frozen,
             (settings.accumulate, settings.batch_size, train.seq_length),

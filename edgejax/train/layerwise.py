@@ -21,8 +21,10 @@ import optax
 from jax import lax
 
 from edgejax.core.arrays import PyTree
+from edgejax.core.errors import ConfigError
 from edgejax.core.in_place import replace_row
 from edgejax.data.batch import Batch
+from edgejax.memory.remat import check_kept
 from edgejax.models import Decoder
 from edgejax.train.layerwise_state import TABLES, LayerwiseState, TableState, other_leaves
 from edgejax.train.passes import HeadResult, Passes, mean_factor, row_of
@@ -30,12 +32,15 @@ from edgejax.train.state import TrainState
 from edgejax.train.updater import Updater
 from edgejax.train.whole import Metrics, Mode, split_parameters
 
+REMAT = ("full", "attention", "mlp")  # policies of one layer whose values a backward pass by hand takes back
+
 
 def make_layerwise_step(
     decoder: Decoder,
     optimizer: optax.GradientTransformation,
     *,
     mode: Mode,
+    remat: str = "full",
     boundaries: str = "f32",
     clip_norm: float | None = None,
     clip_by: str = "previous",
@@ -48,7 +53,9 @@ def make_layerwise_step(
       decoder: the model's functions.
       optimizer: an optax transformation without clipping by the global norm.
       mode: ``lora`` or ``full``, as in ``make_train_step``. Trained matrices may be ``quant.Bfloat16Array``.
-      boundaries: how inputs of layers are kept: f32, bf16 or int8.
+      remat: what is kept beside the inputs of layers: ``full`` nothing, ``attention`` and ``mlp`` what ``memory.remat``
+        says.
+      boundaries: how both are kept: f32, bf16 or (inputs alone) int8.
       clip_norm: largest norm; None does not clip.
       clip_by: ``layer`` or ``previous`` (``updater``).
 
@@ -57,9 +64,15 @@ def make_layerwise_step(
       ``grad_norm`` before clipping.
 
     Raises:
-      ConfigError: an optimizer that needs the whole gradient, an unknown way to clip or to keep boundaries.
+      ConfigError: an optimizer that needs the whole gradient, an unknown way to clip or to keep boundaries, another
+        policy than those of ``REMAT``.
     """
-    passes = Passes(decoder, mode, boundaries)
+    check_kept(remat, boundaries)
+    if remat not in REMAT:
+        raise ConfigError(
+            f"the layerwise schedule recomputes each layer (remat {' or '.join(REMAT)}), not {remat!r}"
+        )
+    passes = Passes(decoder, mode, boundaries, remat=remat)
     updater = Updater(optimizer, clip_norm, clip_by)
 
     def step(state: TrainState, frozen: PyTree, batch: Batch):
@@ -86,7 +99,7 @@ def make_layerwise_step(
 
 
 def _forward(passes: Passes, params, adapters, batch: Batch):
-    """``((h, reference), stored inputs [L, ...])``."""
+    """``((h, reference), what is stored of layers [L, ...])``."""
     decoder = passes.decoder
 
     def one_layer(carry, layer):

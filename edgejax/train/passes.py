@@ -17,6 +17,7 @@ from edgejax.data.batch import Batch
 from edgejax.kernels.linear_ce.in_parts import HeadPass, first_pass, weight_gradient
 from edgejax.memory.residuals import batch_key, boundary_named, layer_key
 from edgejax.models import Decoder
+from edgejax.models.kept import KeptValues
 from edgejax.train.flat_adapters import FlatAdapters
 from edgejax.train.held import wide
 from edgejax.train.whole import Mode
@@ -45,12 +46,21 @@ class Passes:
       decoder: the model's functions.
       mode: ``full``: blocks, tables and norm are trained; ``lora``: adapters are, and blocks stay packed.
       boundaries: how inputs of layers are stored: f32, bf16 or int8.
+      remat: what is stored with them: ``full`` nothing, ``attention`` and ``mlp`` what ``memory.remat`` says.
       flat: how a layer's adapters lie in one vector, if they are held so.
     """
 
-    def __init__(self, decoder: Decoder, mode: Mode, boundaries: str, flat: FlatAdapters | None = None):
+    def __init__(
+        self,
+        decoder: Decoder,
+        mode: Mode,
+        boundaries: str,
+        flat: FlatAdapters | None = None,
+        *,
+        remat: str = "full",
+    ):
         self.decoder, self.mode, self.flat = decoder, mode, flat
-        self.boundary = boundary_named(boundaries)
+        self.boundary, self.kept = boundary_named(boundaries), KeptValues.of(remat, boundaries)
 
     def embed(self, params: PyTree, batch: Batch) -> tuple[Float[Array, "A B T D"], PyTree]:
         """The first layer's input, and the reference before the first boundary."""
@@ -58,7 +68,7 @@ class Passes:
         return h, jax.vmap(lambda one: _arrays(self.boundary.start(one.shape)))(h)
 
     def layer_forward(self, block, adapter, carry, batch: Batch, layer, sliding):
-        """``(h, reference)`` after a layer, and its stored input; ``block`` and ``adapter`` are that layer's leaves."""
+        """``(h, reference)`` after a layer, and what is stored of it; ``block`` and ``adapter`` are that layer's leaves."""
         adapter = adapter if self.flat is None else self.flat.layer(adapter)
         block = wide(block) if self.mode == "full" else block
 
@@ -66,11 +76,9 @@ class Passes:
             (h, reference), micro = operands
             key = layer_key(batch_key(micro.tokens), layer)
             stored, reference = self.boundary.store(h, reference, key)
-            rope = self.decoder.rope(micro.positions)
-            return (
-                self.decoder.block(block, adapter, h, rope, micro.segment_ids, sliding),
-                reference,
-            ), stored
+            how = (self.decoder.rope(micro.positions), micro.segment_ids, sliding)
+            h, values = self.kept.run(self.decoder, block, adapter, h, *how)
+            return (h, reference), (stored, values)
 
         return over_micro_batches(one_micro, (carry, batch))
 
@@ -109,7 +117,7 @@ class Passes:
           block: its frozen leaves (``lora``), or None.
           passed_on: ``(dh, reference, square)``: gradient in its output, reference of its boundary, sum of squares of
             the gradients so far.
-          stored: its stored input.
+          stored: what ``layer_forward`` stored of it.
           batch: the step's.
           layer: its number.
           sliding: its flag, or None.
@@ -123,13 +131,13 @@ class Passes:
         weights = weights if self.flat is None else self.flat.layer(weights)
 
         def one_micro(operands):
-            dh, reference, stored, micro = operands
+            dh, reference, (stored, values), micro = operands
             h, reference = self.boundary.restore(stored, reference, layer_key(batch_key(micro.tokens), layer))
-            rope = self.decoder.rope(micro.positions)
+            how = (self.decoder.rope(micro.positions), micro.segment_ids, sliding, self.kept.restore(values))
 
             def run(weights, h):
                 base, adapter = (weights, {}) if self.mode == "full" else (block, weights)
-                return self.decoder.block(base, adapter, h, rope, micro.segment_ids, sliding)
+                return self.decoder.block(base, adapter, h, *how)
 
             gradient, dh = jax.vjp(run, weights, h)[1](dh)
             return gradient, (dh, reference)

@@ -16,6 +16,7 @@ from edgejax.core.units import format_bytes
 from edgejax.memory.layer_stack import group_of, kept_boundaries
 from edgejax.memory.residuals import boundary_named
 from edgejax.models import ModelConfig
+from edgejax.models.kept import KeptValues
 from edgejax.optim.moments import SMALLEST_QUANTIZED, QuantizedMoment
 from edgejax.quant import Bfloat16Array, QuantizedArray
 from edgejax.train.layerwise_state import TABLES, table_parts
@@ -44,6 +45,7 @@ class Receipt:
 
     trees: tuple[TreeReceipt, ...]
     boundaries_bytes: int  # stored inputs of layers, of all micro-steps that wait at once
+    kept_bytes: int  # values of layers that wait beside their inputs (remat)
     gradients_bytes: int  # that exist at once: the tree (whole), or the largest layer or part of a table
     trained_parameters: int
 
@@ -67,6 +69,8 @@ class Receipt:
             )
         found["gradients"] = f"{format_bytes(self.gradients_bytes)} at once"
         found["layer inputs"] = f"{format_bytes(self.boundaries_bytes)} at once"
+        if self.kept_bytes:
+            found["kept beside them"] = f"{format_bytes(self.kept_bytes)} at once"
         found["all that trains"] = f"{self.bytes_per_parameter:.2f} bytes a parameter"
         return found
 
@@ -101,9 +105,11 @@ def make_receipt(
     at_once = micro_steps if recipe.schedule != "whole" else 1
     waiting = kept_boundaries(config.n_layers, group_of(recipe.remat, config.n_layers))
     stored = boundary_named(recipe.boundaries).stored_bytes((*rows, config.d_model))
+    kept = KeptValues.of(recipe.remat, recipe.boundaries).stored_bytes(config, *rows)
     return Receipt(
         trees=tuple(tree for tree in trees if tree.n_bytes),
         boundaries_bytes=at_once * waiting * stored,
+        kept_bytes=at_once * config.n_layers * kept,
         gradients_bytes=4 * _gradient_elements(recipe, config, state.trainable),
         trained_parameters=_elements(state.trainable),
     )

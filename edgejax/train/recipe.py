@@ -20,6 +20,7 @@ from edgejax.memory.remat import check_kept
 from edgejax.memory.tiles import check_tile
 from edgejax.models import Decoder, LoraConfig, ModelConfig, init_lora
 from edgejax.optim import stochastic_rounding
+from edgejax.train import layerwise
 from edgejax.train.flat_adapters import FlatAdapters, check_elementwise
 from edgejax.train.held import hold_weights, on_host
 from edgejax.train.layerwise import make_layerwise_step
@@ -33,6 +34,7 @@ from edgejax.train.updater import CLIP_KINDS
 from edgejax.train.whole import Mode, make_eval_step, make_train_step
 
 SCHEDULES = ("whole", "layerwise", "streamed")
+REMAT_OF_SCHEDULE = {"layerwise": layerwise.REMAT, "streamed": ("full",)}  # whole: all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,10 +93,11 @@ class StepRecipe:
                     f"the {self.schedule} schedule cannot clip by the {self.clips_by} norm, which needs the whole gradient; it "
                     f"can by: {', '.join(CLIP_KINDS)}. Or use the schedule whole."
                 )
-            if self.remat != "full":
+            possible = REMAT_OF_SCHEDULE[self.schedule]
+            if self.remat not in possible:
                 raise ConfigError(
-                    f"the {self.schedule} schedule recomputes each layer (remat full), so remat {self.remat!r} cannot be "
-                    "honoured; the schedule whole can"
+                    f"the {self.schedule} schedule recomputes each layer (remat {' or '.join(possible)}), so remat "
+                    f"{self.remat!r} cannot be honoured; the schedule whole can"
                 )
         optimizer = self.make_optimizer()
         if self.schedule != "whole":
@@ -145,7 +148,7 @@ def make_step(
     optimizer = recipe.make_optimizer()
     parts: Any = {"boundaries": recipe.boundaries, "clip_norm": recipe.clip_norm, "clip_by": recipe.clips_by}
     if recipe.schedule == "layerwise":
-        return make_layerwise_step(decoder, optimizer, mode=recipe.mode, **parts)
+        return make_layerwise_step(decoder, optimizer, mode=recipe.mode, remat=recipe.remat, **parts)
     if recipe.schedule == "streamed":
         return make_streamed_step(decoder, optimizer, spill_to=recipe.spill_to, **parts)
     kept: Any = {"remat": recipe.remat, "boundaries": recipe.boundaries}

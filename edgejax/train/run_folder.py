@@ -6,6 +6,7 @@ checkpoints/    what trains, by step
 result.json     the figures at the end
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -29,11 +30,15 @@ _SCRATCH = (_LOCK, "config.json.tmp", ".write-probe")
 class RunFolder:
     """A run's folder, held by this process until the context ends.
 
+    Opening it looks and locks; ``begin`` writes and removes, so a run that is refused in between leaves things as they
+    were.
+
     Args:
       path: the folder.
-      config: what to write as ``config.json`` of a new run.
+      config: what ``begin`` writes as ``config.json`` of a new run.
       resume: go on with the run that is there.
-      overwrite: remove the run that is there first; only ever removes a folder that is a run's.
+      overwrite: let ``begin`` remove the run that is there; only ever removes what a run's folder held when it was
+        opened.
 
     Raises:
       ConfigError: both ``resume`` and ``overwrite``.
@@ -43,7 +48,8 @@ class RunFolder:
     Example:
       >>> import tempfile
       >>> with RunFolder(Path(tempfile.mkdtemp()) / "run", config={"steps": 3}) as folder:
-      ...     sorted(folder.config)
+      ...     folder.begin()
+      ...     sorted(read_config(folder.path))
       ['edgejax_run', 'steps']
     """
 
@@ -53,21 +59,36 @@ class RunFolder:
         if resume and overwrite:
             raise ConfigError("resume and overwrite exclude each other: choose to go on, or to start anew")
         self.path = Path(path).absolute()
-        self.resumed = resume
+        self.resumed, self._overwrite = resume, overwrite
         self._lock: IO[str] | None = None
+        self._made = not self.path.exists()
+        self._replaced: list[str] = []  # what begin() removes: of a run, and there when it was claimed
         try:
-            self._claim(resume, overwrite)
-            if resume:
-                self.config = read_config(self.path)
-            else:
-                self.config = {_MARK: 1, **config}
-                write_json(self.path / "config.json", self.config)
+            self._claim()
+            self.config = read_config(self.path) if resume else {_MARK: 1, **config}
         except OSError as error:
             self.close()
             raise RunError(_cannot_use(self.path, error)) from error
         except BaseException:
             self.close()
             raise
+
+    def begin(self) -> None:
+        """Makes a new run of it: what was there goes, ``config.json`` comes. Nothing happens where one is resumed.
+
+        Raises:
+          RunError: it cannot be written.
+        """
+        self._made = False
+        if self.resumed:
+            return
+        try:
+            for name in self._replaced:
+                entry = self.path / name
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            write_json(self.path / "config.json", self.config)
+        except OSError as error:
+            raise RunError(_cannot_use(self.path, error)) from error
 
     @property
     def metrics_path(self) -> Path:
@@ -78,8 +99,12 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def close(self) -> None:
-        """Lets another process use the folder."""
+        """Lets another process use the folder; one that was made for a run that never began is removed."""
         if self._lock is not None:
+            if self._made:
+                with contextlib.suppress(OSError):
+                    (self.path / _LOCK).unlink()
+                    self.path.rmdir()
             self._lock.close()
             self._lock = None
 
@@ -91,8 +116,8 @@ class RunFolder:
     ) -> None:
         self.close()
 
-    def _claim(self, resume: bool, overwrite: bool) -> None:
-        path = self.path
+    def _claim(self) -> None:
+        path, resume, overwrite = self.path, self.resumed, self._overwrite
         try:
             str(path).encode()
         except UnicodeEncodeError:
@@ -117,10 +142,8 @@ class RunFolder:
         self._lock = _hold(path)
         if not used and (path / "config.json").exists():
             raise RunError(f"another process has just made a run in {path}; choose another folder")
-        if overwrite:
-            for entry in path.iterdir():
-                if entry.name != _LOCK:
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        if overwrite and used:
+            self._replaced = [entry.name for entry in path.iterdir() if entry.name != _LOCK]
         _probe(path)
 
 

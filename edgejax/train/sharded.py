@@ -69,10 +69,27 @@ class GatheringDecoder(Decoder):
         rope: RopeTables,
         segment_ids: Int[ArrayLike, "B T"] | None = None,
         sliding: Bool[Array, ""] | None = None,
+        kept: dict[str, Array] | None = None,
     ) -> Float[Array, "B T D"]:
+        return super().block(
+            *self._gathered(block_params, block_adapters), h, rope, segment_ids, sliding, kept
+        )
+
+    def block_keeping(
+        self,
+        block_params: PyTree,
+        block_adapters: PyTree,
+        h: Float[Array, "B T D"],
+        rope: RopeTables,
+        segment_ids: Int[ArrayLike, "B T"] | None = None,
+        sliding: Bool[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        gathered = self._gathered(block_params, block_adapters)
+        return super().block_keeping(*gathered, h, rope, segment_ids, sliding)
+
+    def _gathered(self, block_params: PyTree, block_adapters: PyTree) -> tuple[PyTree, PyTree]:
         weights = _gather(block_params, _of_a_layer(self.axes))
-        adapters = _gather(block_adapters, _of_a_layer(self.adapter_axes))
-        return super().block(weights, adapters, h, rope, segment_ids, sliding)
+        return weights, _gather(block_adapters, _of_a_layer(self.adapter_axes))
 
     def head_loss(self, params: PyTree, h: Float[Array, "B T D"], batch: Batch, *, frozen: bool):
         names = ("final_norm", "embed" if self.config.tie_embeddings else "head")

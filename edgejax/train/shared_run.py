@@ -30,6 +30,9 @@ class FollowedFolder:
         self.path, self.config = Path(path).absolute(), config
         self.metrics_path, self.checkpoints_path = self.path / "metrics.jsonl", self.path / "checkpoints"
 
+    def begin(self) -> None:
+        pass
+
     def __enter__(self) -> "FollowedFolder":
         return self
 

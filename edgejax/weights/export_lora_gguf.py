@@ -6,6 +6,7 @@ is ``lora``, ``general.architecture`` is the base's, and each adapted tensor has
 alpha, and an alpha of 0 means "scale 1". Rows of q and k that the architecture interleaves are rows of B.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -128,6 +129,8 @@ def load_lora_gguf(path: str | os.PathLike, config: ModelConfig) -> tuple[PyTree
         raise WeightsError(f"{path}: {sorted(tensors)[0]} is no adapter on a linear layer of this model")
     if rank is None:
         raise WeightsError(f"{path} holds no adapter")
+    if not math.isfinite(alpha):
+        raise WeightsError(f"{path}: adapter.lora.alpha is {alpha}; export it again")
     targets = tuple(name for name in LINEAR_NAMES if name in blocks)
     return {"blocks": blocks}, LoraConfig(rank=rank, alpha=alpha or float(rank), targets=targets)
 

@@ -35,6 +35,8 @@ PROMISED = {  # name: remat, boundaries
     "int8": ("full", "int8"),
     "sqrt f32": ("sqrt", "f32"),
     "sqrt bf16": ("sqrt", "bf16"),
+    "attention bf16": ("attention", "bf16"),
+    "mlp bf16": ("mlp", "bf16"),
 }
 TRIED = {
     "bf16, stochastic": ("full", Bf16(stochastic=True)),

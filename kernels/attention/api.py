@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float, Int
 
 from edgejax.core.arrays import Array
-from edgejax.kernels.attention.xla import attention_xla
+from edgejax.kernels.attention.xla import attention_keeping_xla, attention_recalled_xla, attention_xla
 
 
 def attention(
@@ -36,3 +36,52 @@ def attention(
       (1, 4, 2, 8)
     """
     return attention_xla(q, k, v, segment_ids, use_window, scale, window)
+
+
+def attention_keeping(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T K C"],
+    v: Float[Array, "B T K C"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    use_window: Bool[Array, ""] | None = None,
+) -> tuple[Float[Array, "B T H C"], Float[Array, "..."]]:
+    """``attention``, and the log-sum-exp of its rows (float32, in the layout that ``attention_recalled`` takes).
+
+    For a caller that writes its own backward pass and does not want to run attention in it again; not differentiable.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jnp.linspace(0.0, 1.0, 64).reshape(1, 4, 2, 8)
+      >>> kept = attention_keeping(x, x, x, scale=1.0)
+      >>> again = jax.grad(lambda q: attention_recalled(q, x, x, *kept, scale=1.0).sum())(x)
+      >>> first = jax.grad(lambda q: attention(q, x, x, scale=1.0).sum())(x)
+      >>> bool(jnp.allclose(again, first, atol=1e-6))
+      True
+    """
+    return attention_keeping_xla(q, k, v, segment_ids, use_window, scale, window)
+
+
+def attention_recalled(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T K C"],
+    v: Float[Array, "B T K C"],
+    out: Float[Array, "B T H C"],
+    lse: Float[Array, "..."],
+    segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    use_window: Bool[Array, ""] | None = None,
+) -> Float[Array, "B T H C"]:
+    """``out`` as it is given, with the derivative of ``attention`` in q, k and v and without running it.
+
+    Args:
+      q, k, v: as in the call of ``attention_keeping`` that gave ``out`` and ``lse``, or near: they may have waited in
+        fewer bits.
+      out, lse: what it gave.
+      segment_ids, scale, window, use_window: as there.
+    """
+    return attention_recalled_xla(q, k, v, segment_ids, use_window, out, lse, scale, window)

@@ -27,6 +27,16 @@ def query_block(length: int) -> int:
     return min(QUERY_BLOCK, -(-length // 8) * 8)
 
 
+def padded_length(length: int) -> tuple[int, int]:
+    """(rows of a query block, T filled up to whole blocks).
+
+    >>> padded_length(300), padded_length(17)
+    ((128, 384), (24, 24))
+    """
+    block = query_block(length)
+    return block, -(-length // block) * block
+
+
 def plan_bundles(length: int, block: int, window: int | None) -> list[Bundle]:
     """Cut ``length`` rows (a multiple of ``block``).
 

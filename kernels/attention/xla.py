@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from edgejax.core.arrays import Array
 from edgejax.kernels.attention.reference import visible
-from edgejax.kernels.attention.tiles import Bundle, plan_bundles, query_block
+from edgejax.kernels.attention.tiles import Bundle, padded_length, plan_bundles
 
 MASKED = -1e30  # finite: a row always sees itself, so no row is all masked, and exp gives exact zeros
 
@@ -57,6 +57,33 @@ def _backward(scale, window, residuals, d_out):
 attention_xla.defvjp(_forward, _backward)
 
 
+def attention_keeping_xla(
+    q, k, v, segment_ids, use_window, scale, window
+) -> tuple[Float[Array, "B T H C"], Float[Array, "B_K G padded"]]:
+    """What ``attention_xla`` gives and the log-sum-exp of each row: all that its backward pass needs of it."""
+    out, residuals = _forward(q, k, v, segment_ids, use_window, scale, window)
+    return out, residuals[-1]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def attention_recalled_xla(
+    q, k, v, segment_ids, use_window, out, lse, scale: float, window: int | None
+) -> Float[Array, "B T H C"]:
+    """``out``, with the derivative in q, k and v of the attention that gave ``out`` and ``lse``."""
+    return out
+
+
+def _recall(q, k, v, segment_ids, use_window, out, lse, scale, window):
+    return out, (q, k, v, segment_ids, use_window, out, lse)
+
+
+def _recalled_backward(scale, window, residuals, d_out):
+    return *_backward(scale, window, residuals, d_out), None, None
+
+
+attention_recalled_xla.defvjp(_recall, _recalled_backward)
+
+
 def _by_kind(run, use_window, window):
     """A stack may mix sliding and global layers: the layer's own flag picks the program at run time."""
     if window is None or use_window is None:
@@ -66,7 +93,7 @@ def _by_kind(run, use_window, window):
 
 def _forward_static(q, k, v, segment_ids, scale, window):
     length, n_heads = q.shape[1], q.shape[2]
-    block, padded = _padded_length(length)
+    block, padded = padded_length(length)
     rows = _RowLayout(q.shape, k.shape[2], padded)
     qh, kh, vh = rows.queries(q), rows.keys(k), rows.keys(v)
     segments = _pad_rows(segment_ids, padded)
@@ -93,7 +120,7 @@ def _forward_static(q, k, v, segment_ids, scale, window):
 
 def _backward_static(q, k, v, segment_ids, out, lse, d_out, scale, window):
     length = q.shape[1]
-    block, padded = _padded_length(length)
+    block, padded = padded_length(length)
     rows = _RowLayout(q.shape, k.shape[2], padded)
     qh, kh, vh, doh = rows.queries(q), rows.keys(k), rows.keys(v), rows.queries(d_out)
     delta = jnp.sum(doh * rows.queries(out), axis=-1)
@@ -146,11 +173,6 @@ class _RowLayout:
 
     def keys_back(self, x):
         return self.back(x, self.n_kv)
-
-
-def _padded_length(length: int) -> tuple[int, int]:
-    block = query_block(length)
-    return block, -(-length // block) * block
 
 
 def _pad_rows(x, padded: int):

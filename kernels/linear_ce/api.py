@@ -1,5 +1,6 @@
 """The op that the loss calls."""
 
+import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from edgejax.core.arrays import Array
@@ -30,13 +31,15 @@ def linear_cross_entropy(
         False: both gradients (see ``trainable.py``).
 
     Returns:
-      float32 scalar; divide by the number of counted rows for the mean.
+      float32 scalar; divide by the number of counted rows for the mean. Zero where there are no rows.
 
     Raises:
       ConfigError: a quantised head cannot be trained.
     """
+    if not frozen and is_quantized(weight):
+        raise ConfigError("a quantised head cannot be trained; hold the base in f32 (--base f32)")
+    if hidden.shape[0] == 0:
+        return jnp.zeros((), jnp.float32)
     if frozen:
         return linear_cross_entropy_frozen(hidden, weight, targets, mask)
-    if is_quantized(weight):
-        raise ConfigError("a quantised head cannot be trained; hold the base in f32 (--base f32)")
     return linear_cross_entropy_trainable(hidden, weight, targets, mask)

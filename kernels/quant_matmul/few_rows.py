@@ -21,7 +21,7 @@ FEW_ROWS = 4  # beyond, widening once for all rows is faster
 def few_rows_matmul(x: Float[Array, "N I"], weight: Weight) -> Float[Array, "N O"]:
     """``x [N, I]`` times the transpose of ``weight [O, I]``, in float32; meant for N up to ``FEW_ROWS``.
 
-    Weights that are not 4-bit codes are widened inside the product (XLA fuses the two for a matrix ``[N, I]``, not
+    Weights that are not 4-bit codes in blocks of whole words are widened inside the product (XLA fuses the two for a matrix ``[N, I]``, not
     for a longer shape).
 
     Example:
@@ -29,7 +29,7 @@ def few_rows_matmul(x: Float[Array, "N I"], weight: Weight) -> Float[Array, "N O
       [[3.0, 3.0]]
     """
     x = x.astype(jnp.float32)
-    if isinstance(weight, QuantizedArray) and weight.bits == 4:
+    if isinstance(weight, QuantizedArray) and weight.bits == 4 and weight.block % NIBBLES_PER_WORD == 0:
         return jax.vmap(lambda row: _four_bits(row, weight))(x)
     return x @ dequantize(weight).T
 

@@ -406,6 +406,18 @@ def test_a_run_that_is_there(refused, finished, folder):
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
+def test_what_is_refused_while_compiling_leaves_no_folder_and_the_run_that_was_to_be_replaced(
+    refused, finished, folder, tmp_path
+):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    streamed = ["--schedule", "streamed"]  # the model is no packed file
+    message = "maps frozen weights from a packed file"
+    refused(finetune(folder, *streamed, "--out", str(tmp_path / "new" / "run")), message)
+    assert not (tmp_path / "new" / "run").exists()
+    refused(finetune(folder, *streamed, "--overwrite", "--out", str(finished)), message)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
 def test_checkpoints_of_another_run(refused, finished, folder, tmp_path):
     resume = ["finetune", "--resume", "--quiet", "--out", str(finished)]
     other = write_tiny_model(tmp_path / "model", seed=1)
@@ -440,7 +452,8 @@ def test_folders_that_are_no_run(refused, folder, tmp_path):
 @pytest.mark.quick
 def test_overwrite_does_not_remove_what_is_to_be_read(refused, folder, tmp_path):
     run = tmp_path / "run"
-    with RunFolder(run, config={}):
+    with RunFolder(run, config={}) as made:
+        made.begin()
         shutil.copy(folder / "text.jsonl", run / "notes.jsonl")
     more = ["--data", str(run / "notes.jsonl"), "--overwrite", "--out", str(run)]
     refused(

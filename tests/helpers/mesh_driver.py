@@ -55,6 +55,7 @@ RUNS = (
     *(("f32", mesh) for mesh in (None, *MESHES)),
     *(("adamw4bit", mesh) for mesh in (None, "data=4,shard=2", "shard=8")),
     *(("bfloat16", mesh) for mesh in (None, "data=2,shard=4")),
+    *(("kept", mesh) for mesh in (None, "data=4,shard=2")),
 )
 
 
@@ -85,6 +86,7 @@ def batch(seed: int, shape: tuple[int, int, int]) -> Batch:
 def three_steps(variant: str, mesh_text: str | None, accumulate: int):
     """(trained leaves by path, figures)."""
     optimizer = make_run_optimizer(variant)
+    how = {"remat": "mlp", "boundaries": "bf16"} if variant == "kept" else {}
     shape = (accumulate, ROWS // accumulate, LENGTH)
 
     def start(params):
@@ -92,11 +94,11 @@ def three_steps(variant: str, mesh_text: str | None, accumulate: int):
 
     if mesh_text is None:
         state = jax.jit(lambda params: start(params)[1])(make_params())
-        step = make_train_step(Decoder(CONFIG), optimizer, mode="full")
+        step = make_train_step(Decoder(CONFIG), optimizer, mode="full", **how)
     else:
         mesh = make_mesh(parse_mesh(mesh_text))
         _, state = start_over_mesh(start, "full", make_params(), mesh)
-        step = make_sharded_step(Decoder(CONFIG), optimizer, mesh, mode="full")
+        step = make_sharded_step(Decoder(CONFIG), optimizer, mesh, mode="full", **how)
     compiled = step.lower(state, {}, batch(0, shape)).compile()
     memory = xla_memory(compiled)
     figures = {

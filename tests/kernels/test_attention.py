@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgejax.kernels.attention import attention, attention_reference, tiles
+from edgejax.kernels.attention import (
+    attention,
+    attention_keeping,
+    attention_recalled,
+    attention_reference,
+    tiles,
+)
 from edgejax.measure.memory import xla_memory
 
 HEADS = [(2, 2), (6, 2), (4, 1)]  # H = K, H = 3 K, K = 1
@@ -275,3 +281,21 @@ def temp_bytes(length, with_segments):
 def test_twice_the_length_takes_twice_the_memory(with_segments):
     ratio = temp_bytes(2048, with_segments) / temp_bytes(1024, with_segments)
     assert 1.5 <= ratio <= 2.2  # a score matrix would take 4 times the memory
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_recalled_attention_gives_what_is_given_and_has_the_derivative(length, window):
+    q, k, v, d_out = inputs(length)
+    segments, how = segments_of(length), {"scale": SCALE, "window": window}
+    expected, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segments, **how), q, k, v)
+    out, lse = attention_keeping(q, k, v, segments, **how)
+    found, pull_again = jax.vjp(
+        lambda q, k, v: attention_recalled(q, k, v, out, lse, segments, **how), q, k, v
+    )
+    assert np.array_equal(out, expected)
+    assert np.array_equal(found, expected)
+    for ours, theirs in zip(pull_again(d_out), pull(d_out), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6 * float(np.abs(theirs).max()) + 1e-30)
+    other = attention_recalled(q, k, v, 2 * out, lse, segments, **how)
+    assert np.array_equal(other, 2 * np.asarray(out))

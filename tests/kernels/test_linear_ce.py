@@ -221,6 +221,16 @@ def test_what_rows_that_do_not_count_hold_does_not_matter(content, frozen):
 
 @pytest.mark.quick
 @KINDS
+def test_no_rows_are_no_loss_and_have_gradients_of_their_shapes(frozen):
+    hidden, weight, targets, mask = inputs()
+    loss, d_hidden, d_weight = run(hidden[:0], weight, targets[:0], mask[:0], frozen=frozen)
+    assert loss == 0
+    assert d_hidden.shape == (0, hidden.shape[1])
+    assert not np.any(d_weight)
+
+
+@pytest.mark.quick
+@KINDS
 def test_no_row_that_counts_is_no_loss_and_no_gradient(frozen):
     hidden, weight, targets, mask = inputs(ROW_CHUNK + 1)
     actual = run(hidden, weight, targets, np.zeros_like(mask), frozen=frozen)

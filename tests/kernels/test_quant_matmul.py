@@ -113,6 +113,13 @@ def test_every_form_of_weight_has_its_product_and_gradient(form, n_rows):
     assert_product_and_gradient(weight_of(form), (n_rows,))
 
 
+@pytest.mark.parametrize("block", [4, 12, 24])  # not whole words of eight codes, and three words
+@pytest.mark.parametrize("n_rows", [1, FEW_ROWS + 1])
+def test_blocks_of_other_lengths_than_words(n_rows, block):
+    weight, x = quantize_int4(random(N_OUT, 48, seed=1), block=block), random(n_rows, 48)
+    assert_close(quant_matmul(x, weight), rows(x) @ wide(weight).T)
+
+
 @EVERY_SHAPE
 def test_every_leading_shape_has_its_product_and_gradient(lead):
     assert_product_and_gradient(weight_of("int4"), lead)

@@ -34,8 +34,10 @@ from edgejax.memory import (
     run_layers,
     stored_bytes,
 )
+from edgejax.memory.layer_stack import Keeping
 from edgejax.memory.residuals import Bf16, Exact, Int8
 from edgejax.models import Decoder, hidden_states
+from edgejax.models.layers import recalled
 from edgejax.quant import quantize_int8
 from edgejax.train.state import init_state
 from edgejax.train.whole import make_train_step
@@ -166,6 +168,70 @@ def test_gradients_of_every_family(family, mode):
         assert_same(found.gradients, expected.gradients, 0.05)  # tables and norms outside of layers too
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_policy_keeps_beside_a_narrow_input_is_narrow_too(family, mode):
+    """Loss exact, the gradient of each layer at the cosine that bf16 has, whatever is not made again."""
+    expected = outcome(FAMILIES[family], 41, 2, mode, remat="full")
+    for remat in ("attention", "mlp"):
+        found = outcome(FAMILIES[family], 41, 2, mode, remat=remat, boundaries="bf16")
+        assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert cosines(by_layer(found.gradients), by_layer(expected.gradients)).min() >= 1 - 3e-5, remat
+        assert_same(found.gradients, expected.gradients, 0.05)
+
+
+def test_kept_values_are_what_the_backward_pass_reads():
+    """``Keeping`` that hands back twice what it was given: the derivative is then that of twice the value."""
+    w = normal((3, 4, 4))
+
+    def forward(h, w, _):
+        inner = h @ w
+        return h + jnp.sin(inner), inner
+
+    def again(h, w, _, inner):
+        return h + jnp.sin(recalled(h @ w, 2 * inner))
+
+    def by_hand(w, h):
+        waiting = []
+        for layer in range(3):
+            waiting.append(h)
+            h = forward(h, w[layer], None)[0]
+        dh, found = jnp.ones_like(h), []
+        for layer in (2, 1, 0):
+            d_inner = dh * jnp.cos(2 * (waiting[layer] @ w[layer]))
+            found.insert(0, jnp.einsum("btd,bte->de", waiting[layer], d_inner))
+            dh = dh + d_inner @ w[layer].T
+        return jnp.stack(found), dh
+
+    def run(w, h):
+        layer = lambda h, w, shared: forward(h, w, shared)[0]  # noqa: E731
+        keeping = Keeping(forward, again)
+        return run_layers(layer, h, w, None, boundary=Exact(), keeping=keeping).sum()
+
+    h = normal((1, 2, 4), 7)
+    assert_same(jax.grad(run, (0, 1))(w, h), by_hand(w, h), 1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_kept_is_not_made_again(mode):
+    """Exponentials of attention and products of its projection are gone from the backward pass; bytes are as counted."""
+    length, width = 256, DEEP.d_model
+    programs = {
+        (remat, kind): value_and_gradient(DEEP, batch_of(DEEP, length), mode, remat=remat, boundaries=kind)[0]
+        for remat, kind in (("full", "bf16"), ("attention", "bf16"), ("mlp", "bf16"), ("mlp", "f32"))
+    }
+    found = {how: program.as_text() for how, program in programs.items()}
+    n_exp = {how: text.count(" exponential(") for how, text in found.items()}
+    assert n_exp["mlp", "bf16"] == n_exp["attention", "bf16"] < n_exp["full", "bf16"]
+    n_dot = {how: text.count(" dot(") for how, text in found.items()}
+    assert n_dot["mlp", "bf16"] < n_dot["attention", "bf16"] < n_dot["full", "bf16"]
+    temp = {how: xla_memory(program).temp_bytes for how, program in programs.items()}
+    row = DEEP.n_layers * length * width  # elements of one value of all layers; attention's output is as wide
+    assert (
+        temp["mlp", "f32"] - temp["mlp", "bf16"] >= 0.9 * 3 * 2 * row
+    )  # input, attention's output, the MLP's input
+
+
 def test_gradients_are_those_of_layers_at_the_restored_boundaries():
     """The oracle is a Python loop over layers. The model is rough: rounding changes its gradients by about 2e-2.
 
@@ -292,7 +358,11 @@ def test_what_layers_share_has_no_gradient_and_float_leaves_that_are_not_trained
     [
         ("full", "int4", r"unknown boundaries 'int4'; there are: f32, bf16, int8"),
         ("none", "int8", r"'int8' do not go with remat 'none'.*choose remat full, or boundaries f32"),
-        ("attention", "bf16", r"'bf16' do not go with remat 'attention'.*choose remat full or sqrt, or"),
+        (
+            "none",
+            "bf16",
+            r"'bf16' do not go with remat 'none'.*choose remat full or sqrt or attention or mlp, or",
+        ),
         ("mlp", "int8", r"keeps float32 values beside the input"),
         ("sqrt", "int8", r"rounds the inputs of layers twice.*choose remat full, or boundaries f32"),
         ("half", "f32", r"unknown remat policy 'half'; there are: none, attention, mlp, full, sqrt"),
@@ -310,5 +380,11 @@ def test_what_cannot_be_had_is_refused(remat, boundaries, said):
 
 @pytest.mark.quick
 def test_what_goes_together_is_taken():
-    for remat, boundaries in (("none", "f32"), ("full", "int8"), ("full", "bf16"), ("sqrt", "bf16")):
+    for remat, boundaries in (
+        ("none", "f32"),
+        ("full", "int8"),
+        ("full", "bf16"),
+        ("sqrt", "bf16"),
+        ("mlp", "bf16"),
+    ):
         check_kept(remat, boundaries)

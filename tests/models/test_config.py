@@ -52,6 +52,8 @@ def test_scale_of_attention():
     ("changes", "message"),
     [
         ({"rank": 0}, "rank must be at least 1, not 0"),
+        ({"alpha": float("nan")}, "alpha must be a finite number, not nan"),
+        ({"alpha": float("inf")}, "alpha must be a finite number, not inf"),
         ({"targets": ()}, f"at least one target layer; there are: {', '.join(LINEAR_NAMES)}"),
         ({"targets": ("q_proj", "lm_head")}, "no linear layer named lm_head; there are: q_proj, "),
         ({"targets": "q_proj"}, "no linear layer named"),

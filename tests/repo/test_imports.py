@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "quant": LOW,
     "data": LOW,
     "measure": LOW,
+    "devices": LOW,
     "kernels": LOW | {"quant"},
     "losses": LOW | {"quant", "kernels", "data"},
     "optim": LOW | {"quant"},

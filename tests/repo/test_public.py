@@ -11,7 +11,7 @@ import pytest
 
 import edgejax
 
-ROOMS = ("core", "quant", "kernels", "models", "weights", "data", "losses", "train", "measure")
+ROOMS = ("core", "quant", "kernels", "models", "weights", "data", "losses", "train", "measure", "devices")
 PACKAGES = ["edgejax", *(f"edgejax.{room}" for room in ROOMS)]
 
 

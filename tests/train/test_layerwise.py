@@ -129,6 +129,50 @@ def test_narrow_boundaries_change_the_gradient_a_little(boundaries):
         assert not np.array_equal(a, b) or not name.startswith("blocks"), name
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("kept", [("attention", "f32"), ("mlp", "f32"), ("mlp", "bf16")], ids="-".join)
+def test_what_is_kept_beside_the_inputs_is_what_whole_keeps(family, kept):
+    """Same policy, same boundaries, same parameters; and in float32 those of recomputing everything."""
+    config, (remat, boundaries) = CONFIGS[family], kept
+    params, optimizer = random_params(config), adamw(1e-3, eps=1e-3)
+    batches = [batch(config, seed, (2, 1, LENGTH)) for seed in range(3)]
+    how = {"mode": "full", "remat": remat, "boundaries": boundaries}
+    ours, found = after(
+        make_layerwise_step(Decoder(config), optimizer, **how),
+        start(params, optimizer, init_layerwise),
+        {},
+        batches,
+    )
+    theirs, expected = after(
+        make_train_step(Decoder(config), optimizer, **how), start(params, optimizer, init_state), {}, batches
+    )
+    # An ulp between the two programs can be a step of bf16 in a value that waits.
+    assert_close(ours.trainable, theirs.trainable, 1e-5 if boundaries == "f32" else 3e-4)
+    assert found[-1] == pytest.approx(expected[-1], rel=1e-5 if boundaries == "f32" else 1e-4)
+    if boundaries == "f32":
+        plain = make_train_step(Decoder(config), optimizer, mode="full")
+        assert_close(
+            ours.trainable, after(plain, start(params, optimizer, init_state), {}, batches)[0].trainable
+        )
+
+
+def test_attention_runs_once_where_its_output_is_kept():
+    optimizer = adamw(1e-3)
+    exponentials = {}
+    for remat in ("full", "attention"):
+        step = make_layerwise_step(Decoder(DEEP), optimizer, mode="full", remat=remat, boundaries="bf16")
+        shapes = jax.eval_shape(
+            lambda key: start_state(Decoder(DEEP).init(key), optimizer), jax.random.key(0)
+        )
+        rows = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch(DEEP, 0, (1, 1, 64))))
+        exponentials[remat] = step.lower(shapes, {}, rows).compile().as_text().count(" exponential(")
+    assert exponentials["attention"] < exponentials["full"]
+
+
+def start_state(params, optimizer):
+    return TrainState(jnp.zeros((), jnp.int32), params, init_layerwise(params, optimizer))
+
+
 DEEP = ModelConfig(
     family="llama", vocab_size=8192, d_model=128, n_layers=32, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384,
     max_position=256, tie_embeddings=True,

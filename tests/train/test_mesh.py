@@ -55,6 +55,15 @@ def test_eight_devices_are_one_with_eight_micro_batches(numbers, mesh):
 
 
 @pytest.mark.slow
+def test_what_layers_keep_in_bf16_is_that_of_one_device(numbers):
+    """An ulp between the two may be a step of bf16 in a value that waits."""
+    ours, theirs = numbers["kept"]["data=4,shard=2"], numbers["kept"]["alone"]
+    assert ours["gap"] < 1e-3
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert theirs["loss"] == pytest.approx(numbers["f32"]["alone"]["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "mesh"),
     [("adamw4bit", "data=4,shard=2"), ("adamw4bit", "shard=8"), ("bfloat16", "data=2,shard=4")],

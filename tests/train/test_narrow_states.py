@@ -6,6 +6,7 @@ import pytest
 from helpers.tiny_run import WIDER, make_model, make_rows, make_settings
 
 from edgejax.core.errors import ConfigError, RunError
+from edgejax.models.kept import KeptValues
 from edgejax.train import TrainSettings, compile_programs, finetune, read_metrics
 from edgejax.train.programs import abstract
 
@@ -72,6 +73,18 @@ def test_the_receipt_is_in_the_log_and_before_the_persons_eyes(eight_bits):
     (shown,) = [line for line in notes.lines if line.startswith("receipt")]
     assert f"{record['bytes_per_parameter']:.2f} bytes a parameter" in shown
     assert "leaves in float32: below 4096 elements" in shown
+
+
+def test_the_receipt_counts_what_is_kept_beside_the_inputs(tmp_path):
+    notes = Notes()
+    how = {"optimizer": "adamw8bit", "schedule": "layerwise", "remat": "mlp", "boundaries": "bf16"}
+    receipt = run(tmp_path / "run", progress=notes, steps=1, **how).receipt
+    per_layer = KeptValues.of("mlp", "bf16").stored_bytes(
+        WIDER, make_settings().batch_size, make_rows().seq_length
+    )
+    assert receipt.kept_bytes == make_settings().accumulate * WIDER.n_layers * per_layer > 0
+    (shown,) = [line for line in notes.lines if line.startswith("receipt")]
+    assert "kept beside them" in shown
 
 
 def test_what_was_trained_is_bfloat16_numbers(eight_bits):

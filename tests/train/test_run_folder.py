@@ -18,7 +18,8 @@ def path(tmp_path):
 
 
 def make_run(path, **config):
-    with RunFolder(path, config=config):
+    with RunFolder(path, config=config) as folder:
+        folder.begin()
         (path / "metrics.jsonl").write_text("{}\n")
         (path / "checkpoints" / "3").mkdir(parents=True)
 
@@ -42,14 +43,21 @@ def test_existing_run_is_left_alone_and_both_ways_on_are_named(path):
 def test_resume_gives_the_config_of_then(path):
     make_run(path, steps=3)
     with RunFolder(path, config={"steps": 4}, resume=True) as folder:
+        folder.begin()
         assert folder.config["steps"] == 3
+    assert read_config(path)["steps"] == 3
     assert (path / "checkpoints" / "3").exists()
 
 
 def test_overwrite_removes_what_was_there(path):
     make_run(path, steps=3)
-    with RunFolder(path, config={"steps": 4}, overwrite=True):
-        pass
+    before = sorted(path.rglob("*"))
+    with pytest.raises(ConfigError, match="refused"), RunFolder(path, config={"steps": 4}, overwrite=True):
+        raise ConfigError("refused before it began")
+    assert sorted(path.rglob("*")) == before
+    assert read_config(path)["steps"] == 3
+    with RunFolder(path, config={"steps": 4}, overwrite=True) as folder:
+        folder.begin()
     assert read_config(path)["steps"] == 4
     assert not (path / "metrics.jsonl").exists()
     assert not (path / "checkpoints").exists()
@@ -59,8 +67,42 @@ def test_overwrite_and_resume_of_nothing(path):
     with pytest.raises(RunError, match="no run to resume"):
         RunFolder(path, config={}, resume=True)
     assert not path.exists()
-    with RunFolder(path, config={}, overwrite=True):
+    with RunFolder(path, config={}, overwrite=True) as folder:
+        folder.begin()
         assert is_run_folder(path)
+
+
+def test_a_run_that_never_began_leaves_no_folder(path):
+    with pytest.raises(ConfigError, match="refused"), RunFolder(path, config={}):
+        raise ConfigError("refused")
+    assert not path.exists()
+    path.mkdir()  # one that was there stays
+    with RunFolder(path, config={}):
+        pass
+    assert path.exists()
+    assert not is_run_folder(path)
+
+
+@pytest.mark.parametrize(("there", "overwrite"), [(False, False), (False, True), (True, True)])
+def test_what_came_into_the_folder_meanwhile_is_not_removed(path, there, overwrite):
+    if there:
+        make_run(path)
+    with RunFolder(path, config={}, overwrite=overwrite) as folder:
+        (path / "notes").write_text("mine")
+        folder.begin()
+    assert (path / "notes").read_text() == "mine"
+    assert not (path / "metrics.jsonl").exists()
+
+
+def test_a_disk_that_is_full_when_the_run_begins(path, monkeypatch):
+    with RunFolder(path, config={}) as folder:
+
+        def fail(descriptor):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(RunError, match="Nothing was trained"):
+            folder.begin()
 
 
 @pytest.mark.parametrize("content", ["thesis.tex", "config.json"])
@@ -79,8 +121,9 @@ def test_overwrite_does_not_follow_links(path, tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("x")
     (path / "link").symlink_to(tmp_path / "precious")
-    with RunFolder(path, config={}, overwrite=True):
-        pass
+    with RunFolder(path, config={}, overwrite=True) as folder:
+        folder.begin()
+    assert not (path / "link").exists()
     assert (tmp_path / "precious" / "file").read_text() == "x"
 
 
@@ -111,14 +154,15 @@ def test_full_or_read_only_disk_is_found_before_training(path, monkeypatch, numb
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(RunError, match=f"{os.strerror(number)}. Nothing was trained"):
         RunFolder(path, config={})
-    assert [entry.name for entry in path.iterdir()] == [".lock"]
+    assert not path.exists()
 
 
 def test_leftovers_of_a_crash_before_the_config_are_no_obstacle(path):
     path.mkdir(parents=True)
     (path / "config.json.tmp").write_text('{"edgej')
     (path / ".lock").write_text("")
-    with RunFolder(path, config={}):
+    with RunFolder(path, config={}) as folder:
+        folder.begin()
         assert is_run_folder(path)
 
 
