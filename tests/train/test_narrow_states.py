@@ -78,7 +78,7 @@ def test_the_receipt_is_in_the_log_and_before_the_persons_eyes(eight_bits):
 def test_the_receipt_counts_what_is_kept_beside_the_inputs(tmp_path):
     notes = Notes()
     how = {"optimizer": "adamw8bit", "schedule": "layerwise", "remat": "mlp", "boundaries": "bf16"}
-    receipt = run(tmp_path / "run", progress=notes, steps=1, **how).receipt
+    receipt = run(tmp_path / "run", progress=notes, **how).receipt
     per_layer = KeptValues.of("mlp", "bf16").stored_bytes(
         WIDER, make_settings().batch_size, make_rows().seq_length
     )
