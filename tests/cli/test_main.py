@@ -1,8 +1,8 @@
 """The program's frame: fast help, exit codes, one message for an error."""
 
+import os
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -33,13 +33,14 @@ def test_help_works_without_jax(arguments):
 
 def test_help_takes_less_time_than_jax_would():
     def cpu_s(*args: str) -> float:
-        before = time.perf_counter()
+        before = os.times()
         assert run_python(*args).returncode == 0
-        return time.perf_counter() - before
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
     # Three tries, the best counts: another process may be busy. Python itself is not ours to speed up.
     ours = min(cpu_s("-m", "edgejax", "--help") - cpu_s("-c", "") for _ in range(3))
-    assert ours < 0.3
+    assert ours < 0.5
 
 
 def test_version_and_module_name():
