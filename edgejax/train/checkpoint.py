@@ -41,14 +41,6 @@ class RunIdentity:
     settings: str  # TrainSettings.fingerprint(), with the adapters' shape
 
 
-def import_orbax() -> None:
-    """Loads what checkpoints are written with; before a model is loaded, for it takes much memory for a moment.
-
-    Measured for a LoRA run of SmolLM2-135M from a warm compile cache: a peak of 558 MB, or 638 when it came afterwards.
-    """
-    import orbax.checkpoint  # noqa: F401  # for its side effect
-
-
 class Checkpoints:
     """The checkpoints of one run, in ``folder``.
 

@@ -20,7 +20,6 @@ from edgejax.data import PackedDataset
 from edgejax.measure.memory import MemoryReport, memory_report, process_memory
 from edgejax.models import LoraConfig
 from edgejax.train.batches import DatasetBatches
-from edgejax.train.checkpoint import import_orbax
 from edgejax.train.evaluate import EvalResult, check_counted, evaluate_with
 from edgejax.train.identity import ModelLike, OpenedLike, check_same_run, run_config, run_identity
 from edgejax.train.loop import LoopResult, StepFigures, log_evaluation, train_loop
@@ -140,7 +139,6 @@ def finetune(
         if resume:
             check_same_run(folder.config, config, progress.note)
         check_counted(held_out, settings.eval_rows)
-        import_orbax()
         programs, loaded = _compile(model, train, settings, lora)
         streamed = settings.schedule == "streamed"
         frozen, state = programs.start(programs.params if streamed else loaded.params)
