@@ -25,6 +25,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Float, Int
 
 from edgejax.core.arrays import Array, ArrayLike, PyTree
+from edgejax.core.errors import ConfigError
 from edgejax.memory.residuals import Boundary, layer_key
 
 Layer = Callable[[Any, PyTree, PyTree], Any]  # (h, one layer's slice of the stack, shared) -> h
@@ -88,7 +89,12 @@ def run_layers(
       group: layers of a group, k.
       keeping: the same layer where more than its input waits; with groups of one layer.
       key: uint32 scalar, decides the rounding (``residuals.batch_key``).
+
+    Raises:
+      ConfigError: ``keeping`` with groups of several layers.
     """
+    if keeping is not None and group != 1:
+        raise ConfigError(f"groups of {group} layers keep inputs alone; values beside them need groups of 1")
     passes = _Passes(layer, boundary, group, keeping or _keeping_nothing(layer))
     run = jax.custom_vjp(passes.forward)
     run.defvjp(passes.forward_keeping, passes.backward, symbolic_zeros=True)

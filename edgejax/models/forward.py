@@ -45,8 +45,12 @@ def hidden_states(
             lambda h, layer, shared: values.run(decoder, *layer[:2], h, *shared, layer[2]),
             lambda h, layer, shared, stored: one_layer(h, layer, shared, values.restore(stored)),
         )
-        how: Any = {"boundary": boundary_named(boundaries), "group": group_of(remat, decoder.config.n_layers)}
-        return run_layers(one_layer, h, layers, shared, keeping=keeping, key=batch_key(tokens), **how)
+        how: Any = {
+            "boundary": boundary_named(boundaries),
+            "group": group_of(remat, decoder.config.n_layers),
+            "keeping": keeping if values.names else None,
+        }
+        return run_layers(one_layer, h, layers, shared, key=batch_key(tokens), **how)
     kept = rematerialize(lambda h, layer: (one_layer(h, layer, shared), None), remat)
     return jax.lax.scan(kept, h, layers)[0]
 

@@ -20,9 +20,9 @@ from edgejax.memory.remat import check_kept
 from edgejax.memory.tiles import check_tile
 from edgejax.models import Decoder, LoraConfig, ModelConfig, init_lora
 from edgejax.optim import stochastic_rounding
-from edgejax.train import layerwise
 from edgejax.train.flat_adapters import FlatAdapters, check_elementwise
 from edgejax.train.held import hold_weights, on_host
+from edgejax.train.layerwise import REMAT as LAYERWISE_REMAT
 from edgejax.train.layerwise import make_layerwise_step
 from edgejax.train.layerwise_state import check_layerwise, init_layerwise
 from edgejax.train.optimizers import make_optimizer
@@ -34,7 +34,7 @@ from edgejax.train.updater import CLIP_KINDS
 from edgejax.train.whole import Mode, make_eval_step, make_train_step
 
 SCHEDULES = ("whole", "layerwise", "streamed")
-REMAT_OF_SCHEDULE = {"layerwise": layerwise.REMAT, "streamed": ("full",)}  # whole: all
+REMAT_OF_SCHEDULE = {"layerwise": LAYERWISE_REMAT, "streamed": ("full",)}  # whole: all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

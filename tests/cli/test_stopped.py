@@ -71,9 +71,8 @@ def test_a_signal_before_training(number, folder, tmp_path):
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child,
         open(pipe, "w"),  # returns when the child opens it to read
     ):
-        time.sleep(
-            1
-        )  # from opening to reading: a signal just before a read that blocks is seen only after it
+        # From opening to reading: a signal just before a read that blocks is seen only after it.
+        time.sleep(1)
         child.send_signal(number)
         out, err = child.communicate(timeout=300)
     assert (child.returncode, out) == (128 + number, "")

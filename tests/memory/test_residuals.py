@@ -212,6 +212,21 @@ def test_kept_values_are_what_the_backward_pass_reads():
     assert_same(jax.grad(run, (0, 1))(w, h), by_hand(w, h), 1e-5)
 
 
+@pytest.mark.quick
+def test_groups_keep_inputs_alone():
+    keeping = Keeping(lambda h, w, shared: (h, ()), lambda h, w, shared, values: h)
+    with pytest.raises(ConfigError, match="groups of 2 layers"):
+        run_layers(
+            lambda h, w, shared: h,
+            normal((1, 2, 4)),
+            normal((3, 4)),
+            None,
+            boundary=Exact(),
+            group=2,
+            keeping=keeping,
+        )
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_kept_is_not_made_again(mode):
     """Exponentials of attention and products of its projection are gone from the backward pass; bytes are as counted."""
@@ -227,9 +242,8 @@ def test_what_is_kept_is_not_made_again(mode):
     assert n_dot["mlp", "bf16"] < n_dot["attention", "bf16"] < n_dot["full", "bf16"]
     temp = {how: xla_memory(program).temp_bytes for how, program in programs.items()}
     row = DEEP.n_layers * length * width  # elements of one value of all layers; attention's output is as wide
-    assert (
-        temp["mlp", "f32"] - temp["mlp", "bf16"] >= 0.9 * 3 * 2 * row
-    )  # input, attention's output, the MLP's input
+    narrowed = 3 * 2 * row  # the layer's input, attention's output, the MLP's input
+    assert temp["mlp", "f32"] - temp["mlp", "bf16"] >= 0.9 * narrowed
 
 
 def test_gradients_are_those_of_layers_at_the_restored_boundaries():

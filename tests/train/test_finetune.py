@@ -1,6 +1,7 @@
 """Whole runs of a tiny decoder: they learn, can be stopped anywhere, and refuse what is not theirs."""
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -248,6 +249,31 @@ def test_held_out_rows_without_a_counted_token(model, data, tmp_path):
     silent = dataclasses.replace(data[1], loss=np.zeros_like(data[1].loss))
     with pytest.raises(DataError, match="no token whose loss counts"):
         run(model, (data[0], silent), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_that_are_scaled_to_nothing_are_refused(model, data, tmp_path):
+    with pytest.raises(ConfigError, match="alpha 0 scales the adapters"):
+        run(model, data, tmp_path / "run", lora=dataclasses.replace(LORA, alpha=0.0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_while_programs_are_made_costs_nothing(model, data, copy, tmp_path, monkeypatch):
+    module = importlib.import_module("edgejax.train.finetune")  # the package has a function of that name
+    real = module._compile
+
+    def stopped(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(module, "_compile", stopped)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for folder, how in ((tmp_path / "new", {}), (copy, {"overwrite": True})):
+        with pytest.raises(Interrupted, match="nothing was written or removed") as stop:
+            run(model, data, folder, **how)
+        assert (stop.value.exit_code, stop.value.resumable) == (143, False)
+    assert not (tmp_path / "new").exists()
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
 def test_full_disk_is_found_before_training(model, data, tmp_path, monkeypatch):

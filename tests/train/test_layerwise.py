@@ -156,6 +156,20 @@ def test_what_is_kept_beside_the_inputs_is_what_whole_keeps(family, kept):
         )
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"remat": "none"}, "recomputes each layer .remat full or attention or mlp., not 'none'"),
+        ({"remat": "sqrt"}, "not 'sqrt'"),
+        ({"remat": "mpl"}, "unknown remat policy 'mpl'"),
+        ({"remat": "mlp", "boundaries": "int8"}, "'int8' do not go with remat 'mlp'"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(how, said):
+    with pytest.raises(ConfigError, match=said):
+        make_layerwise_step(Decoder(CONFIGS["llama"]), adamw(1e-3), mode="full", **how)
+
+
 def test_attention_runs_once_where_its_output_is_kept():
     optimizer = adamw(1e-3)
     exponentials = {}
