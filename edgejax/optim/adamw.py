@@ -6,9 +6,17 @@ For a gradient g at step t = 1, 2, ... (Kingma and Ba 2015, arXiv 1412.6980, alg
     m = b1 m + (1 - b1) g                      v = b2 v + (1 - b2) g^2
     update = - rate ( (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)  +  weight_decay * w )
 
-Between steps m is held in a signed code that has zero, and sqrt(v) (whose relative error is the update's) in one
-without (``codes``, ``moments``); each step decodes them, updates, and encodes them with stochastic rounding. It has to
-be stochastic: b2 = 0.999 changes a second moment by a thousandth, far less than half the distance of two levels,
+Between steps v is held as its root (whose relative error is the update's) in a code without zero, and m as its ratio to
+that root, in a signed code that has zero (``codes``, ``moments``):
+
+    s = encode(sqrt(v))        r = encode(m / decode(s))        m = decode(r) decode(s)
+
+The update is the ratio, so that a code of it spreads its error evenly over the updates of a block. Of m itself, an
+element far below its block's largest would get that one's error, and divide it by its own small root: in 4 bits that
+was a noise of 1.4 times the update's energy, and is 0.26 times it with ratios (LOG.md, 2026-11-25).
+
+Each step decodes both, updates, and encodes them with stochastic rounding, so that m and v are right on average. It has
+to be stochastic: b2 = 0.999 changes a second moment by a thousandth, far less than half the distance of two levels,
 so that rounding to the nearest would leave it where it was.
 """
 
@@ -34,7 +42,7 @@ DEFAULT_CODES = {8: "dynamic", 4: "linear"}
 class ScaleByAdamState(NamedTuple):
     """Attributes:
     count: int32, steps taken.
-    mu: first moment of each leaf, wide or quantised.
+    mu: first moment of each leaf; where quantised, its ratio to the root of the second as that is held.
     nu: second moment; where quantised, its square root.
     """
 
@@ -59,7 +67,7 @@ def scale_by_adam(
       b2: decay of the second.
       eps: added to the root of the second.
       bits: of each moment: 32, 8 or 4. Leaves below ``moments.SMALLEST_QUANTIZED`` elements stay at 32.
-      code: ``dynamic`` or ``linear``; None: dynamic with 8 bits, linear with 4.
+      code: of the roots of second moments, ``dynamic`` or ``linear``; None: dynamic with 8 bits, linear with 4.
       seed: of the stochastic rounding of moments.
 
     Returns:
@@ -71,7 +79,7 @@ def scale_by_adam(
     """
     check_bits(bits)
     family = code or DEFAULT_CODES.get(bits, "linear")
-    mu_code, nu_code = Code(family, bits, signed=True), Code(family, bits, signed=False)
+    mu_code, nu_code = Code("linear", bits, signed=True), Code(family, bits, signed=False)
 
     def init(params: PyTree) -> ScaleByAdamState:
         def zeros(code: Code) -> PyTree:
@@ -84,22 +92,26 @@ def scale_by_adam(
         count = optax.safe_increment(state.count)
         correction1, correction2 = 1 - b1**count, 1 - b2**count
 
-        def rule(held_as_root: bool):
-            def step(g, m, v):
-                m = b1 * m + (1 - b1) * g
-                v = b2 * (v * v if held_as_root else v) + (1 - b2) * g * g
-                root = jnp.sqrt(v)
-                update = (m / correction1) / (root / jnp.sqrt(correction2) + eps)
-                return update, m, root if held_as_root else v
+        def step(g, m, v):
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * g * g
+            root = jnp.sqrt(v)
+            return (m / correction1) / (root / jnp.sqrt(correction2) + eps), m, v, root
 
-            return step
+        def wide(g, v, m):
+            update, m, v, _ = step(g, m, v)
+            return update, v, m
+
+        def quantized(g, root, ratio):
+            update, m, _, root = step(g, ratio * root, root * root)
+            return update, root, lambda held: jnp.where(held > 0, m / held, 0.0)
 
         leaves, treedef = jax.tree.flatten(gradients)
         mus, nus = jax.tree.leaves(state.mu, is_leaf=is_moment), jax.tree.leaves(state.nu, is_leaf=is_moment)
         updates, new_mu, new_nu = [], [], []
         for number, (g, mu, nu) in enumerate(zip(leaves, mus, nus, strict=True)):
             key = step_key(seed, count, number, salt)
-            direction, (mu, nu) = update_leaf(rule(is_moment(mu)), g, (mu, nu), key)
+            direction, (nu, mu) = update_leaf(quantized if is_moment(mu) else wide, g, (nu, mu), key)
             updates.append(direction)
             new_mu.append(mu)
             new_nu.append(nu)

@@ -82,8 +82,8 @@ def zero_moment(leaf: Array, code: Code | None) -> Moment:
 
 def encode_moment(
     values: Float[Array, "U G Q"], code: Code, noise: Float[Array, "U G Q"] | None = None
-) -> QuantizedMoment:
-    """``values [U, 8, 128]`` in the levels of ``code``.
+) -> tuple[QuantizedMoment, Float[Array, "U G Q"]]:
+    """``values [U, 8, 128]`` in the levels of ``code``, and what ``decode`` will make of them.
 
     Args:
       values: float32; not negative where the code is unsigned.
@@ -92,8 +92,8 @@ def encode_moment(
     """
     scale = jnp.max(jnp.abs(values), axis=-1)
     inverse = jnp.where(scale > 0, 1 / scale, 0.0)
-    codes = code.encode(values * inverse[..., None], NEAREST if noise is None else noise)
-    return QuantizedMoment(_pack(codes, code), scale, code)
+    codes, levels = code.round(values * inverse[..., None], NEAREST if noise is None else noise)
+    return QuantizedMoment(_pack(codes, code), scale, code), levels * scale[..., None]
 
 
 def to_units(leaf: Array) -> Float[Array, "U G Q"]:

@@ -65,7 +65,7 @@ def scale_by_lion(
     code: str | None = None,
     seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """The sign that Lion steps by; arguments as in ``adamw.scale_by_adam``."""
+    """The sign that Lion steps by; arguments as in ``lion``."""
 
     def rule(g, m):
         return jnp.sign(b1 * m + (1 - b1) * g), b2 * m + (1 - b2) * g
@@ -81,7 +81,7 @@ def trace(
     code: str | None = None,
     seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """The decaying sum of gradients that SGD with momentum steps by; arguments as in ``adamw.scale_by_adam``."""
+    """The decaying sum of gradients that SGD with momentum steps by; arguments as in ``sgd``."""
 
     def rule(g, m):
         m = decay * m + g
@@ -108,7 +108,8 @@ def lion(
       b1, b2: decays of the direction and of the moment.
       weight_decay: decoupled, multiplied with the learning rate.
       mask: leaves that are decayed, a tree of bools or a function from the parameters to one; None: all.
-      bits, code, seed: see ``adamw.scale_by_adam``.
+      bits, seed: see ``adamw.scale_by_adam``.
+      code: of the moment, ``dynamic`` or ``linear``; None: dynamic with 8 bits, linear with 4.
 
     Example:
       >>> optimizer = lion(1e-4, bits=8)
@@ -153,7 +154,8 @@ def sgd(
       learning_rate: a number or an optax schedule.
       momentum: decay of the sum of gradients.
       nesterov: look one step ahead.
-      bits, code, seed: see ``adamw.scale_by_adam``.
+      bits, seed: see ``adamw.scale_by_adam``.
+      code: of the moment, see ``lion``.
 
     Example:
       >>> optimizer = sgd(0.1, bits=8)

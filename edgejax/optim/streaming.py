@@ -26,8 +26,9 @@ from edgejax.optim.moments import UNIT, Moment, QuantizedMoment, encode_moment, 
 
 PIECE_UNITS = 64  # 256 KiB of float32: a gradient, an update and two moments of it stay in a core's cache
 
-# (gradient, *moments) -> (update, *new moments), each float32 of one shape.
-Rule = Callable[..., Sequence[Array]]
+# (gradient, *moments) -> (update, *new moments), each float32 of one shape. A new moment that is to be quantised may be a
+# function instead, of those before it as they will be decoded.
+Rule = Callable[..., Sequence[Any]]
 
 
 class _Split(NamedTuple):
@@ -133,8 +134,11 @@ def _update_piece(rule: Rule, key, piece, start):
     gradient, moments = piece
     update, *new = rule(gradient.astype(jnp.float32), *(moment.decode() for moment in moments))
     index = element_indices(gradient.shape) + jnp.asarray(start).astype(jnp.uint32) * UNIT
-    encoded = [
-        encode_moment(values, moment.code, uniform(index, key + jnp.uint32(number)))
-        for number, (values, moment) in enumerate(zip(new, moments, strict=True))
-    ]
+    encoded: list[QuantizedMoment] = []
+    held: list[Array] = []
+    for number, (values, moment) in enumerate(zip(new, moments, strict=True)):
+        values = values(*held) if callable(values) else values
+        encoded_now, held_now = encode_moment(values, moment.code, uniform(index, key + jnp.uint32(number)))
+        encoded.append(encoded_now)
+        held.append(held_now)
     return update.astype(gradient.dtype), encoded

@@ -1,6 +1,6 @@
 """Does AdamW with 8-bit and 4-bit moments reach the validation loss of float32 AdamW? The runs; README.md has the rule.
 
-    python experiments/optimizer_parity/run.py            about 90 minutes on two cores
+    python experiments/optimizer_parity/run.py            about two hours on two cores
     python experiments/optimizer_parity/run.py --quick    about a minute: whether it works, never an answer
     python experiments/optimizer_parity/analyse.py        the result file, from the finished runs
 
