@@ -142,6 +142,8 @@ def finetune(
         programs, loaded = _compile(model, train, settings, lora)
         streamed = settings.schedule == "streamed"
         frozen, state = programs.start(programs.params if streamed else loaded.params)
+        release_freed_memory()  # of compiling its small program
+        keep_scratch()
         if guard.received is not None and not resume and jax.process_count() == 1:
             raise Interrupted(
                 f"stopped by {signal_name(guard.received)} before the run began; nothing was written or removed",
@@ -224,9 +226,9 @@ def _compile(
         return compile_programs(model.config, model.params, settings, lora, train.seq_length), model
     programs = compile_programs(model.config, model.abstract_params(), settings, lora, train.seq_length)
     forget_traces()
+    release_freed_memory()
     loaded = model.load()
     release_freed_memory()
-    keep_scratch()
     if not programs.fit(loaded.params):  # scales that float16 cannot hold
         programs = compile_programs(loaded.config, loaded.params, settings, lora, train.seq_length)
     return programs, loaded
