@@ -20,47 +20,14 @@ from edgejax.data.corpora import python_reference
 from edgejax.data.dataset import micro_batches, pack_documents
 from edgejax.data.documents import Document, encode_records
 from edgejax.data.tokenizer import Tokenizer
-from edgejax.models import ModelConfig, RopeScaling
-from edgejax.weights.form import Form, float_form
+from edgejax.models import ModelConfig
+from edgejax.models.shapes import find_shape
 from edgejax.weights.leaves import check_base
 from edgejax.weights.load import abstract_params, load_params, open_model
-from edgejax.weights.names import LeafName, leaf_names
 from edgejax.weights.packed_file import open_packed
+from edgejax.weights.random import RandomSource
 
 TEXT = "python-reference"
-
-# Shapes of published models, for --random-weights: speed and memory depend on nothing else.
-SHAPES: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(
-        family="llama", vocab_size=256, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=96,
-        max_position=2048, tie_embeddings=True,
-    ),
-    "smollm2-135m": ModelConfig(
-        family="llama", vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, d_ff=1536,
-        max_position=8192, rope_theta=100_000.0, tie_embeddings=True,
-    ),
-    "smollm2-360m": ModelConfig(
-        family="llama", vocab_size=49152, d_model=960, n_layers=32, n_heads=15, n_kv_heads=5, head_dim=64, d_ff=2560,
-        max_position=8192, rope_theta=100_000.0, tie_embeddings=True,
-    ),
-    "qwen3-0.6b": ModelConfig(
-        family="qwen3", vocab_size=151936, d_model=1024, n_layers=28, n_heads=16, n_kv_heads=8, head_dim=128,
-        d_ff=3072, max_position=40960, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, tie_embeddings=True,
-    ),
-    "qwen2.5-0.5b": ModelConfig(
-        family="qwen2", vocab_size=151936, d_model=896, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64, d_ff=4864,
-        max_position=32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, tie_embeddings=True,
-    ),
-    "qwen2.5-3b": ModelConfig(
-        family="qwen2", vocab_size=151936, d_model=2048, n_layers=36, n_heads=16, n_kv_heads=2, head_dim=128,
-        d_ff=11008, max_position=32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, tie_embeddings=True,
-    ),
-    "llama-3.2-1b": ModelConfig(
-        family="llama", vocab_size=128256, d_model=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64,
-        d_ff=8192, max_position=131072, rope_theta=500_000.0, tie_embeddings=True,
-        rope_scaling=RopeScaling(kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0),
-    ),
-}  # fmt: skip
 
 
 class BenchInputs(NamedTuple):
@@ -103,51 +70,12 @@ def open_inputs(settings: BenchSettings) -> BenchInputs:
     return BenchInputs(model.config, model.abstract_params(), lambda: model.load().params, batch_at, hashes)
 
 
-@dataclasses.dataclass(frozen=True)
-class _RandomSource:
-    """Weights drawn from N(0, 0.02^2), where a file stands else (``weights.load.LeafReader``)."""
-
-    config: ModelConfig
-    seed: int
-    path: str = "random weights"
-
-    @property
-    def leaves(self) -> tuple[LeafName, ...]:
-        return leaf_names(self.config)
-
-    def shape(self, leaf: LeafName, layer: int) -> tuple[int, ...]:
-        return leaf.shape
-
-    def form(self, leaf: LeafName, layer: int) -> Form:
-        return float_form(np.float32)
-
-    def type_name(self, leaf: LeafName, layer: int) -> str:
-        return "F32"
-
-    def rows(self, leaf: LeafName, layer: int, start: int, stop: int) -> np.ndarray:
-        if leaf.kind == "norm":
-            return np.ones((1, *leaf.shape), np.float32)
-        rng = np.random.default_rng([self.seed, layer, start, *leaf.hf_name(layer).encode()])
-        shape = (stop - start, leaf.shape[-1])
-        return rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
-
-    def row_order(self, leaf: LeafName) -> None:
-        return None
-
-    def offset(self, leaf: LeafName) -> float:
-        return 0.0
-
-
 def _random_inputs(settings: BenchSettings, base: str) -> BenchInputs:
-    config = SHAPES.get(settings.model)
-    if config is None:
-        raise ConfigError(
-            f"no shape named {settings.model!r} for --random-weights; there are: {', '.join(SHAPES)}"
-        )
+    config = find_shape(settings.model)
     _check_length(settings, config)
     n_tokens = _tokens_needed(settings)
     tokens = np.random.default_rng(settings.seed).integers(0, config.vocab_size, n_tokens, dtype=np.int32)
-    source = _RandomSource(config, settings.seed)
+    source = RandomSource(config, settings.seed)
 
     def make() -> PyTree:  # leaf by leaf, as a file is read
         return jax.device_put(load_params(source, check_base(base), []))

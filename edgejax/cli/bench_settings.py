@@ -20,7 +20,7 @@ class BenchSettings:
       ConfigError: a count below 1, an unknown mode or schedule, or a base that full training cannot have.
     """
 
-    model: str = "smollm2-135m"  # a preset, a path, or with random_weights a name of bench_inputs.SHAPES
+    model: str = "smollm2-135m"  # a preset, a path, or with random_weights a name of models.shapes.SHAPES
     mode: str = "lora"  # lora: adapters on all linear layers; full: all parameters
     rank: int = 8
     batch: int = 1  # rows of a micro-step

@@ -79,19 +79,15 @@ def _pack_model(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _pack_random(args: argparse.Namespace) -> tuple[str, ...]:
-    from edgejax.cli.bench_inputs import SHAPES, _RandomSource
-    from edgejax.core.errors import ConfigError
+    from edgejax.models.shapes import find_shape
     from edgejax.weights.packed_layout import Origin
     from edgejax.weights.packed_write import write_packed
+    from edgejax.weights.random import RandomSource
 
-    config, seed = SHAPES.get(args.model), args.seed or 0
-    if config is None:
-        raise ConfigError(
-            f"no shape named {args.model!r} for --random-weights; there are: {', '.join(SHAPES)}"
-        )
+    config, seed = find_shape(args.model), args.seed or 0
     return write_packed(
         args.out,
-        _RandomSource(config, seed),
+        RandomSource(config, seed),
         origin=Origin(name=f"{args.model}, seed {seed}", format="random", sha256="", base=args.base),
         base=args.base,
         overwrite=args.overwrite,

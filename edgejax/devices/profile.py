@@ -14,7 +14,18 @@ GIB = 2**30
 # 8 GB, Android 14) to iPhone 12 mini (2.1 of 4 GB). Left out: what iOS gives with entitlements or gave before it changed.
 APP_SHARE_LOW, APP_SHARE_HIGH = 0.15, 0.525
 KINDS = ("phone", "soc", "gpu")
-VENDORS = ("nvidia", "geforce", "amd", "radeon", "intel", "google", "samsung", "apple")
+NEEDLESS = {
+    "nvidia",
+    "geforce",
+    "amd",
+    "radeon",
+    "intel",
+    "google",
+    "samsung",
+    "apple",
+    "sxm4",
+    "sxm5",
+}  # in names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +49,10 @@ class DeviceProfile:
     tdp_w: float | None = None
     battery_mah: float | None = None
     cpu_power_w: float | None = None  # all cores at their highest clock
+    compute_capability: tuple[int, int] | None = None  # of NVIDIA's cards, and what follows
+    multiprocessors: int | None = None
+    boost_clock_ghz: float | None = None
+    l2_bytes: int | None = None
     source: str
     notes: str = ""
 
@@ -78,14 +93,16 @@ def find_device(name: str) -> DeviceProfile:
 
 def _key(name: str) -> str:
     words = re.sub(r"[^a-z0-9.]+", " ", name.lower()).split()
-    return "".join(word for word in words if word not in VENDORS)
+    return "".join(word for word in words if word not in NEEDLESS)
 
 
 def _profile(row: dict[str, str]) -> DeviceProfile:
     numbers = {
         name: float(row[name]) if row[name] else None
-        for name in ("cpu_gflop_per_s", "gpu_gflop_per_s", "bandwidth_gb_per_s", "tdp_w", "battery_mah")
-    }
+        for name in (
+            "cpu_gflop_per_s", "gpu_gflop_per_s", "bandwidth_gb_per_s", "tdp_w", "battery_mah", "boost_clock_ghz",
+        )
+    }  # fmt: skip
     memory = round(float(row["memory_gib"]) * GIB) if row["memory_gib"] else None
     reported = bool(row["app_memory_low_gib"])
     app = None
@@ -94,7 +111,11 @@ def _profile(row: dict[str, str]) -> DeviceProfile:
         app = (low, high)
     elif row["kind"] == "phone" and memory is not None:
         app = (round(APP_SHARE_LOW * memory), round(APP_SHARE_HIGH * memory))
+    major, _, minor = row["compute_capability"].partition(".")
     return DeviceProfile(
+        compute_capability=(int(major), int(minor)) if major else None,
+        multiprocessors=int(row["multiprocessors"]) if row["multiprocessors"] else None,
+        l2_bytes=round(float(row["l2_mib"]) * 2**20) if row["l2_mib"] else None,
         kind=row["kind"],
         name=row["name"],
         chip=row["chip"],

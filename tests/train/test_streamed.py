@@ -10,7 +10,6 @@ import pytest
 from export_cases import CONFIGS, LORAS, random_adapters
 from helpers.steps import after, assert_close, batch, start
 
-from edgejax.cli.bench_inputs import _RandomSource
 from edgejax.core.errors import ConfigError, RunError, WeightsError
 from edgejax.models import Decoder, LoraConfig, ModelConfig, loss
 from edgejax.optim import adamw
@@ -19,6 +18,7 @@ from edgejax.train.flat_adapters import FlatAdapters
 from edgejax.train.recipe import StepRecipe
 from edgejax.train.streamed import init_streamed
 from edgejax.weights import Origin, open_packed, write_packed
+from edgejax.weights.random import RandomSource
 
 SHAPE = (2, 1, 24)
 RATE = {"eps": 1e-2, "weight_decay": 0.01}
@@ -27,7 +27,7 @@ RATE = {"eps": 1e-2, "weight_decay": 0.01}
 def packed(config: ModelConfig, path, base="int4"):
     """Random weights in a packed file; int4 needs rows of a multiple of 32."""
     origin = Origin(name="random", format="random", sha256="", base=base)
-    write_packed(path, _RandomSource(config, 0), origin=origin, base=base)
+    write_packed(path, RandomSource(config, 0), origin=origin, base=base)
     return open_packed(path)
 
 

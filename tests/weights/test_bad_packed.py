@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weight_files import gguf_tensors, tiny, write_gguf
 
-from edgejax.cli.bench_inputs import _RandomSource
 from edgejax.core.errors import ConfigError, WeightsError
 from edgejax.quant import QuantizedArray
 from edgejax.weights import Origin, load_model, open_model, open_packed, write_packed
 from edgejax.weights.names import leaf_names
 from edgejax.weights.packed_layout import Part
 from edgejax.weights.packed_leaves import _checked_form
+from edgejax.weights.random import RandomSource
 
 pytestmark = pytest.mark.quick
 CONFIG = tiny("qwen2")
@@ -408,7 +408,7 @@ def test_the_folder_may_change(whole, tmp_path, monkeypatch):
 
 
 def test_values_that_are_not_finite_are_not_packed(tmp_path):
-    class Broken(_RandomSource):
+    class Broken(RandomSource):
         def rows(self, leaf, layer, start, stop):
             values = super().rows(leaf, layer, start, stop)
             return values * np.float32(np.nan) if leaf.path[1] == "down_proj" and layer else values

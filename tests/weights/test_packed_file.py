@@ -13,7 +13,6 @@ from gguf import GGMLQuantizationType as Type
 from safetensors import safe_open
 from weight_files import BF16, gguf_tensors, hf_settings, hf_tensors, tiny, write_gguf, write_hf
 
-from edgejax.cli.bench_inputs import _RandomSource
 from edgejax.core.errors import ConfigError, RunError, WeightsError
 from edgejax.core.trees import tree_bytes
 from edgejax.models.config import FAMILIES, ModelConfig, RopeScaling
@@ -22,6 +21,7 @@ from edgejax.weights import Origin, load_model, open_model, open_packed, packed_
 from edgejax.weights.export import export
 from edgejax.weights.packed_decode import is_packed
 from edgejax.weights.params import load_params
+from edgejax.weights.random import RandomSource
 
 pytestmark = pytest.mark.quick
 BASES = ("auto", "int8", "int4", "bf16", "f32")
@@ -36,7 +36,7 @@ def pack(source, out: Path, base="auto", **options) -> Path:
 
 def pack_random(config: ModelConfig, out: Path, base="int4", **options) -> Path:
     origin = Origin(name="random", format="random", sha256="", base=base)
-    write_packed(out, _RandomSource(config, 0), origin=origin, base=base, **options)
+    write_packed(out, RandomSource(config, 0), origin=origin, base=base, **options)
     return out
 
 
@@ -320,7 +320,7 @@ def test_a_packed_model_is_read_in_its_own_size(tmp_path):
 
 
 def test_random_weights_are_those_of_the_benchmark(packed):
-    params = load_params(_RandomSource(tiny("qwen2"), 0), "int4", [])
+    params = load_params(RandomSource(tiny("qwen2"), 0), "int4", [])
     assert_same(open_packed(packed).load(), params)
 
 
@@ -348,7 +348,7 @@ def test_a_file_that_is_there_stays(tmp_path):
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=50_000)
     monkeypatch.setattr(packed_write.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(_RandomSource, "rows", None)  # nothing may be drawn
+    monkeypatch.setattr(RandomSource, "rows", None)  # nothing may be drawn
     with pytest.raises(RunError, match=r"no space left.*needs \d.* KiB, 48\.8 KiB are free.*--base int4"):
         pack_random(tiny("llama"), tmp_path / "m.ejx", "f32")
     assert os.listdir(tmp_path) == []
