@@ -1,6 +1,7 @@
 # make finetune   a virtual environment, edgejax, and a real fine-tuning run on this machine
 # make test       lint, types and all tests          make doctor   check this installation
 # make lint       lint and types only                make clean    remove what these made (never runs/)
+# make gpu-aot    XLA's compiler for NVIDIA's cards, which `edgejax plan --device rtx3060` needs (575 MB, no GPU needed)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ STEPS ?= 32
 FINETUNE_FLAGS ?= --seq 512 --batch 1 --rank 8 --steps $(STEPS) --learning-rate 5e-4
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: finetune test lint doctor clean
+.PHONY: finetune test lint doctor gpu-aot clean
 
 finetune: $(VENV)/.installed
 	$(BIN)/edgejax finetune --model $(MODEL) --data $(DATA) $(FINETUNE_FLAGS)
@@ -25,6 +26,10 @@ lint: $(VENV)/.installed-test
 
 doctor: $(VENV)/.installed
 	$(BIN)/edgejax doctor
+
+gpu-aot: $(VENV)/.installed
+	@$(BIN)/python -c 'import edgejax.plan.card as card; card.find_plugin()' 2>/dev/null || \
+		PATH="$(abspath $(BIN)):$$PATH" sh -c "$$($(BIN)/python -c 'import edgejax.plan.card as card; print(card.install_command())')"
 
 clean:
 	rm -rf $(VENV) build dist edgejax.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

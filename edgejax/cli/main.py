@@ -23,6 +23,7 @@ from edgejax.core.errors import ConfigError, EdgejaxError
 
 COMMANDS = {
     "finetune": "fine-tune a model on text; ends with an adapter and a report",
+    "plan": "what fits on a graphics card that need not be here, before anything is loaded",
     "generate": "continue a prompt, with or without an adapter",
     "eval": "loss and perplexity of a model on text",
     "models": "the models known by name, and where each comes from",

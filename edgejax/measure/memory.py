@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,21 @@ def xla_memory(compiled: Any) -> XlaMemory:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseMemory:
+    """This process when a phase of a run ended."""
+
+    name: str
+    rss_bytes: int | None
+    peak_rss_bytes: int  # since the process began
+
+
+def phase_memory(name: str) -> PhaseMemory:
+    """The phase of that name ends now."""
+    now = process_memory()
+    return PhaseMemory(name=name, rss_bytes=now.rss_bytes, peak_rss_bytes=now.peak_rss_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryReport:
     """Where a training process's memory went."""
 
@@ -137,6 +153,7 @@ class MemoryReport:
     activations_bytes: int | None  # XLA temp of the step: activations, gradients, scratch; None: not compiled
     runtime_bytes: int | None  # resident after imports, before the model: Python, JAX, libraries
     peak_rss_bytes: int
+    phases: "tuple[PhaseMemory, ...]" = ()  # in their order
 
     def by_source(self) -> dict[str, int]:
         """Bytes by source, for tables and charts; sources of nothing are left out."""
@@ -157,6 +174,7 @@ def memory_report(
     opt_state: PyTree,
     compiled: Any | None = None,
     runtime_bytes: int | None = None,
+    phases: Sequence[PhaseMemory] = (),
 ) -> MemoryReport:
     """Count the trees as they are stored, and put them beside XLA's and the system's figures.
 
@@ -166,6 +184,7 @@ def memory_report(
       opt_state: the optimizer's state.
       compiled: the compiled step, for its temporary memory.
       runtime_bytes: ``process_memory().rss_bytes`` as it was before the model was loaded.
+      phases: of the run, in their order.
     """
     return MemoryReport(
         weights_bytes=held_bytes(frozen),
@@ -174,6 +193,7 @@ def memory_report(
         activations_bytes=None if compiled is None else xla_memory(compiled).temp_bytes,
         runtime_bytes=runtime_bytes,
         peak_rss_bytes=process_memory().peak_rss_bytes,
+        phases=tuple(phases),
     )
 
 

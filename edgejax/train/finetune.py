@@ -17,7 +17,7 @@ from edgejax.core.cache import forget_traces
 from edgejax.core.errors import ConfigError, Interrupted, RunError
 from edgejax.core.host import package_versions
 from edgejax.data import PackedDataset
-from edgejax.measure.memory import MemoryReport, memory_report, process_memory
+from edgejax.measure.memory import MemoryReport, PhaseMemory, memory_report, phase_memory, process_memory
 from edgejax.models import LoraConfig
 from edgejax.train.batches import DatasetBatches
 from edgejax.train.evaluate import EvalResult, check_counted, evaluate_with
@@ -139,11 +139,13 @@ def finetune(
         if resume:
             check_same_run(folder.config, config, progress.note)
         check_counted(held_out, settings.eval_rows)
-        programs, loaded = _compile(model, train, settings, lora)
+        phases = [phase_memory("opening")]
+        programs, loaded = _compile(model, train, settings, lora, phases)
         streamed = settings.schedule == "streamed"
         frozen, state = programs.start(programs.params if streamed else loaded.params)
         release_freed_memory()  # of compiling its small program
         keep_scratch()
+        phases.append(phase_memory("loading"))
         if guard.received is not None and not resume and jax.process_count() == 1:
             raise Interrupted(
                 f"stopped by {signal_name(guard.received)} before the run began; nothing was written or removed",
@@ -183,6 +185,7 @@ def finetune(
             progress.note("no checkpoint had been written yet; starting at step 0")
         if restored is not None:
             state = restored[1]
+        phases.append(phase_memory("first evaluation"))
         batches = DatasetBatches(train, settings)
         loop = train_loop(
             step, state, frozen, batches, settings, schedule=programs.schedule, start_step=start_step,
@@ -192,6 +195,7 @@ def finetune(
             raise _stopped(
                 guard, f"after the last step, which is saved in {checkpoints.folder}. Resume evaluates it."
             )
+        phases.append(phase_memory("training"))
         result = FinetuneResult(
             run_dir=folder.path,
             mode=programs.mode,
@@ -209,6 +213,7 @@ def finetune(
                 opt_state=loop.state.opt_state,
                 compiled=programs.step,
                 runtime_bytes=runtime_bytes,
+                phases=phases,
             ),
             figures=loop.figures,
         )
@@ -217,16 +222,24 @@ def finetune(
 
 
 def _compile(
-    model: ModelLike | OpenedLike, train: PackedDataset, settings: TrainSettings, lora: LoraConfig | None
+    model: ModelLike | OpenedLike,
+    train: PackedDataset,
+    settings: TrainSettings,
+    lora: LoraConfig | None,
+    phases: list[PhaseMemory],
 ) -> tuple[Programs, ModelLike]:
     """The programs, and the model with its weights: read after compiling, where they were not read before."""
-    if settings.schedule == "streamed":
-        return compile_programs(model.config, _layer_source(model), settings, lora, train.seq_length), model  # type: ignore[return-value]
-    if not isinstance(model, OpenedLike):
-        return compile_programs(model.config, model.params, settings, lora, train.seq_length), model
-    programs = compile_programs(model.config, model.abstract_params(), settings, lora, train.seq_length)
+    streamed = settings.schedule == "streamed"
+    if streamed:
+        params: Any = _layer_source(model)
+    else:
+        params = model.abstract_params() if isinstance(model, OpenedLike) else model.params
+    programs = compile_programs(model.config, params, settings, lora, train.seq_length)
+    if streamed or not isinstance(model, OpenedLike):
+        phases.append(phase_memory("compiling"))
+        return programs, model  # type: ignore[return-value]
     forget_traces()
-    release_freed_memory()
+    phases.append(phase_memory("compiling"))
     loaded = model.load()
     release_freed_memory()
     if not programs.fit(loaded.params):  # scales that float16 cannot hold

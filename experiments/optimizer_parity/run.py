@@ -10,7 +10,6 @@ run under way is lost, and the same command goes on with it. SIGSTOP and SIGCONT
 
 import argparse
 import dataclasses
-import hashlib
 import math
 import statistics
 import time
@@ -26,10 +25,9 @@ from jaxtyping import Float, Int
 from rows import Row, Run, append_row, missing, n_steps_left, read_rows
 from settings import Optimizer, Settings, load_settings, settle
 
-import edgejax
-import edgejax.kernels
 from edgejax.core.arrays import Array, PyTree
 from edgejax.core.cache import enable_compile_cache
+from edgejax.core.sources import sources_sha256
 from edgejax.data import micro_batches
 from edgejax.measure.record import source_state
 from edgejax.measure.timing import load_average
@@ -177,16 +175,6 @@ def train(
         "load_average": load_average(),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def sources_sha256() -> str:
-    """SHA-256 of edgejax as it was imported: rows with different ones came from different programs."""
-    digest = hashlib.sha256()
-    for package in (edgejax, edgejax.kernels):
-        folder = Path(next(iter(package.__path__)))
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def describe(run: Run) -> str:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "weights": LOW | {"quant", "data", "models"},
     "train": LOW | {"quant", "kernels", "losses", "data", "models", "measure", "optim", "memory"},
 }
+MAY_IMPORT["plan"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["package"] = set(MAY_IMPORT)  # edgejax/__init__.py, on first use of a name
 NAMES_OF_PACKAGE = {"__version__"}  # what a room may take from edgejax itself

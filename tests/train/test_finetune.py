@@ -94,6 +94,11 @@ def test_memory_is_counted_from_the_trees(model, whole):
     assert memory.optimizer_bytes == 2 * memory.trainable_bytes + 8
     assert memory.activations_bytes > 0
     assert memory.peak_rss_bytes > memory.weights_bytes
+    phases = ["opening", "compiling", "loading", "first evaluation", "training"]
+    assert [phase.name for phase in memory.phases] == phases
+    peaks = [phase.peak_rss_bytes for phase in memory.phases]
+    assert peaks == sorted(peaks)
+    assert peaks[-1] <= memory.peak_rss_bytes
 
 
 def test_frozen_base_is_never_in_a_checkpoint(whole):

@@ -1,0 +1,140 @@
+"""``edgejax plan``: what fits on a device, and what it takes, before anything is loaded."""
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from edgejax.cli.options import DEFAULT_MODEL, whole_number
+
+if TYPE_CHECKING:
+    from edgejax.plan import Option, Plan
+
+EPILOG = """examples:
+  edgejax plan --model smollm2-135m --device rtx3060
+  edgejax plan --model llama-3.2-1b --device rtx4060 --seq 2048 --json
+  edgejax plan --model qwen2.5-3b --device rtx3060 --full
+
+Steps are compiled for the card, without the card, and XLA's buffer assignment is read: nothing is guessed, and nothing
+is measured. Of a model that is not on this machine, its published shape is enough.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``edgejax plan``."""
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="NAME|PATH",
+        help="a name that `edgejax models` lists, a shape, a file or a folder (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", required=True, metavar="NAME", help="an NVIDIA card: rtx3060, rtx4090, a100, ..."
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--lora", dest="mode", action="store_const", const="lora", help="adapters (default)")
+    mode.add_argument("--full", dest="mode", action="store_const", const="full", help="all parameters")
+    parser.set_defaults(mode="lora")
+    parser.add_argument(
+        "--base", choices=("int4", "int8", "bf16", "f32"), default="int4", help="of frozen weights"
+    )
+    parser.add_argument("--rank", type=whole_number, default=8, help="of adapters (default: %(default)s)")
+    parser.add_argument(
+        "--seq", type=whole_number, default=512, help="positions of a row (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=whole_number, default=1, help="rows of a micro-step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--accumulate",
+        type=whole_number,
+        default=1,
+        help="micro-steps of an optimizer step (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan, progress on standard error; returns 0, or 2 where nothing fits.
+
+    Raises:
+      ConfigError, RunError: as ``plan.plan_for_card``; an unknown device.
+    """
+    from edgejax.cli.options import check_step_size
+    from edgejax.devices import find_device
+    from edgejax.plan import plan_for_card
+
+    check_step_size(args.batch, args.seq)
+    plan = plan_for_card(
+        find_device(args.device), args.model, mode=args.mode, base=args.base, rank=args.rank, seq=args.seq,
+        batch=args.batch, accumulate=args.accumulate, note=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    print(json.dumps(plan.to_json()) if args.json else as_text(plan))
+    return 0 if plan.chosen is not None else 2
+
+
+def as_text(plan: "Plan") -> str:
+    """A table of the settings, the chosen one first, and what longer rows would take."""
+    from edgejax.core.units import format_bytes
+
+    lines = [
+        f"{plan.model} on {plan.device}: {format_bytes(plan.memory_bytes)} of memory, "
+        f"{format_bytes(plan.reserve_bytes)} of them kept in reserve. Bytes: {plan.evidence}. Speed: calculated from "
+        "operations, beside the same step that keeps everything.",
+        "",
+    ]
+    chosen = plan.chosen
+    for option in [*plan.fitting(), *plan.too_large()]:
+        fits = option.footprint.peak_bytes <= plan.budget_bytes
+        mark = "-> " if option is chosen else "   " if fits else " x "
+        lines += [mark + _line(option), "      " + _sources(option)]
+    lines += [f" ! {options}: {why}" for options, why in plan.failed.items()]
+    if chosen is None:
+        lines.append(_nothing_fits(plan))
+    else:
+        size = f"--seq {chosen.candidate.seq} --batch {chosen.candidate.batch}"
+        if chosen.candidate.mode == "lora":
+            size += f" --rank {chosen.candidate.rank}"
+        command = f"edgejax finetune --model {plan.model} {size} {chosen.candidate.describe()}"
+        lines += ["", f"Train it there with: {command}"]
+    if plan.longer is not None:
+        lines.append(_longer(plan.longer))
+    return "\n".join(lines)
+
+
+def _line(option: "Option") -> str:
+    from edgejax.core.units import format_bytes
+
+    return (
+        f"{format_bytes(option.footprint.peak_bytes):>9}  speed {option.relative_speed:.2f}  "
+        f"{option.candidate.describe()}"
+    )
+
+
+def _sources(option: "Option") -> str:
+    from edgejax.core.units import format_bytes
+
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in option.footprint.sources.items())
+
+
+def _nothing_fits(plan: "Plan") -> str:
+    from edgejax.core.units import format_bytes
+
+    if not plan.options:
+        return "Nothing could be compiled."
+    nearest = plan.too_large()[0]
+    over = nearest.footprint.peak_bytes - plan.budget_bytes
+    return (
+        f"Nothing fits. The nearest takes {format_bytes(over)} too much: {nearest.candidate.describe()}; its weights and "
+        f"optimizer alone are {format_bytes(plan.floor_bytes())}. Use shorter rows, fewer rows at a time, or a smaller model."
+    )
+
+
+def _longer(plan: "Plan") -> str:
+    from edgejax.core.units import format_bytes
+
+    seq = plan.options[0].candidate.seq
+    if plan.chosen is not None:
+        return f"Rows of {seq}: {_line(plan.chosen).strip()}"
+    nearest = plan.too_large()[0]
+    over = nearest.footprint.peak_bytes - plan.budget_bytes
+    return f"Rows of {seq} do not fit: {format_bytes(over)} are missing with {nearest.candidate.describe()}"

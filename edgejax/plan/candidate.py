@@ -1,0 +1,113 @@
+"""One way to train, of those that a plan compares."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+from edgejax.core.arrays import PyTree
+from edgejax.core.errors import ConfigError
+from edgejax.models import LoraConfig, ModelConfig
+from edgejax.models.shapes import find_shape
+from edgejax.train.recipe import StepRecipe
+from edgejax.train.whole import Mode
+from edgejax.weights.leaves import check_base
+from edgejax.weights.load import abstract_params, open_model
+from edgejax.weights.presets import PRESETS
+from edgejax.weights.random import RandomSource
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """The settings that decide a step's memory, but for the model.
+
+    Raises:
+      ConfigError: a count below 1, or choices that do not go together.
+
+    Example:
+      >>> Candidate(mode="full", base="bf16", schedule="layerwise", optimizer="adamw4bit").recipe().bfloat16
+      True
+    """
+
+    mode: Mode = "lora"
+    base: str = "int4"  # how frozen weights are held; with full: bf16 or f32, how trained ones are
+    rank: int = 8
+    batch: int = 1  # rows of a micro-step
+    accumulate: int = 1  # micro-steps of an optimizer step
+    seq: int = 512
+    schedule: str = "whole"
+    optimizer: str = "adamw"
+    remat: str = "full"
+    boundaries: str = "f32"
+
+    def __post_init__(self):
+        for name in ("rank", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.seq < 2:
+            raise ConfigError(f"a row needs at least 2 positions, not {self.seq}")
+        if self.mode == "full" and self.base not in ("bf16", "f32"):
+            raise ConfigError(f"full-parameter training holds weights in bf16 or f32, not in {self.base}")
+        if self.schedule == "streamed":
+            raise ConfigError(
+                "the streamed schedule maps its weights from a file; its memory cannot be planned yet"
+            )
+        self.recipe()
+
+    def recipe(self) -> StepRecipe:
+        """How its step is computed."""
+        return StepRecipe(
+            mode=self.mode,
+            schedule=self.schedule,
+            optimizer=self.optimizer,
+            remat=self.remat,
+            boundaries=self.boundaries,
+            bfloat16=self.mode == "full" and self.base == "bf16",
+        )
+
+    def lora(self) -> LoraConfig | None:
+        """Its adapters."""
+        return LoraConfig(rank=self.rank, alpha=2.0 * self.rank) if self.mode == "lora" else None
+
+    def to_json(self) -> str:
+        """For another process, and for the name of a kept result."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Candidate":
+        """What ``to_json`` gave."""
+        return cls(**json.loads(text))
+
+    def describe(self) -> str:
+        """What a person calls it, the options that ``edgejax finetune`` takes.
+
+        >>> Candidate(remat="mlp", boundaries="bf16").describe()
+        '--base int4 --remat mlp --boundaries bf16'
+        """
+        said = {"base": self.base}
+        if self.mode == "full":
+            said = {"mode": "full"} | said | {"schedule": self.schedule, "optimizer": self.optimizer}
+        said |= {"remat": self.remat}
+        if self.boundaries != "f32":
+            said |= {"boundaries": self.boundaries}
+        if self.accumulate > 1:
+            said |= {"accumulate": str(self.accumulate)}
+        return " ".join(f"--{name} {value}" for name, value in said.items())
+
+
+@functools.cache
+def abstract_model(name: str, base: str) -> tuple[ModelConfig, PyTree]:
+    """A decoder, and the shapes and dtypes of its parameters held as ``base``; no weight is read or fetched.
+
+    Args:
+      name: a path, a preset that is on this machine already, or a name of ``models.shapes``.
+      base: see ``weights.load_model``.
+
+    Raises:
+      ConfigError, WeightsError: no such model; names the nearest.
+    """
+    if Path(name).expanduser().exists() or (name in PRESETS and PRESETS[name].is_cached()):
+        opened = open_model(name, base=check_base(base), need_tokenizer=False)
+        return opened.config, opened.abstract_params()
+    config = find_shape(name)
+    return config, abstract_params(RandomSource(config, 0), check_base(base))

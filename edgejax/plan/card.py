@@ -1,0 +1,188 @@
+"""Footprints on a card that is not here: compiled for it in a process of its own, without a driver or a GPU.
+
+This needs JAX's CUDA plugin and NVIDIA's ``ptxas``: the extra ``gpu-aot``, or better a folder of their own (``install_command``),
+for JAX complains at every start about a plugin that finds no driver.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from edgejax.core.cache import cache_dir
+from edgejax.core.errors import ConfigError, RunError
+from edgejax.devices import DeviceProfile
+from edgejax.plan.candidate import Candidate
+from edgejax.plan.cuda_target import RESERVE_BYTES, check_card
+from edgejax.plan.footprint import Footprint
+from edgejax.plan.search import Plan, candidates_for, find_options, make_plan
+from edgejax.plan.store import FootprintStore
+
+PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_force_compilation_parallelism=2"  # there is no card to tune on
+
+
+def install_command() -> str:
+    """What to run so that plans for cards can be made with this JAX."""
+    cuda, ptxas = (
+        ("12", "nvidia-cuda-nvcc-cu12==12.9.86") if sys.version_info < (3, 12) else ("13", "nvidia-cuda-nvcc")
+    )
+    names = [f"jax-cuda{cuda}-{part}=={jax.__version__}" for part in ("plugin", "pjrt")]
+    return f"pip install --no-deps --target {aot_folder()} {' '.join(names)} {ptxas}"
+
+
+def aot_folder() -> Path:
+    """Where ``install_command`` puts them: a folder for each version of JAX."""
+    return cache_dir() / f"gpu-aot-{jax.__version__}"
+
+
+def find_plugin() -> tuple[str, str]:
+    """Name and version of the plugin, in ``aot_folder()`` or else in the environment.
+
+    Raises:
+      ConfigError: there is none, or one of another version than JAX; says what to install.
+    """
+    found = [
+        (name, distribution.version)
+        for name in PLUGINS
+        for distribution in importlib.metadata.distributions(name=name, path=[str(aot_folder()), *sys.path])
+    ]
+    if not found:
+        raise ConfigError(
+            f"plans for a graphics card need JAX's CUDA compiler; install it with\n  {install_command()}"
+        )
+    name, version = found[0]
+    if version != jax.__version__:
+        raise ConfigError(
+            f"{name} is {version} and JAX is {jax.__version__}: they must be of one version; install it with\n  "
+            f"{install_command()}"
+        )
+    return name, version
+
+
+def plan_for_card(
+    card: DeviceProfile,
+    model: str,
+    *,
+    mode: str = "lora",
+    base: str = "int4",
+    rank: int = 8,
+    seq: int = 512,
+    batch: int = 1,
+    accumulate: int = 1,
+    note: Callable[[str], object] = lambda text: None,
+) -> Plan:
+    """The settings whose step fits on an NVIDIA card that need not be here.
+
+    Args:
+      card: of the table (``devices.find_device``).
+      model: a path, a preset or a name of ``models.shapes``.
+      mode: ``lora`` or ``full``.
+      base: how a frozen base is held.
+      rank: of adapters.
+      seq: positions of a row.
+      batch: rows of a micro-step.
+      accumulate: micro-steps of an optimizer step.
+      note: told of each program that is compiled, and of kept ones that cannot be read.
+
+    Raises:
+      ConfigError: a card that cannot be compiled for, no compiler, an unknown model, settings that do not go together.
+      RunError: the compiling process ended without an answer.
+    """
+    check_card(card)
+    assert card.memory_bytes is not None  # the table has it for each card
+    plugin = find_plugin()
+    store = FootprintStore([dataclasses.asdict(card), plugin], note=note)
+    shared = {"rank": rank, "seq": seq, "batch": batch, "accumulate": accumulate}
+
+    def find(candidates: Sequence[Candidate]):
+        return find_options(model, candidates, partial(card_footprints, card), store, note)
+
+    return make_plan(
+        model,
+        candidates_for(mode, base=base, **shared),
+        find,
+        device=card.name,
+        memory_bytes=card.memory_bytes,
+        reserve_bytes=RESERVE_BYTES,
+        evidence=f"compiled for {card.name} (buffer assignment)",
+    )
+
+
+def card_footprints(
+    card: DeviceProfile, model: str, candidates: Sequence[Candidate]
+) -> Iterator[Footprint | str]:
+    """For each candidate its footprint on the card, or why it could not be compiled, as soon as it is known.
+
+    Args:
+      card: an NVIDIA card of the table.
+      model: see ``candidate.abstract_model``.
+      candidates: what to compile.
+
+    Raises:
+      ConfigError: a card that cannot be compiled for, or no compiler.
+      RunError: the compiling process ended without an answer.
+    """
+    check_card(card)
+    find_plugin()
+    request = {
+        "card": card.name,
+        "model": model,
+        "candidates": [candidate.to_json() for candidate in candidates],
+    }
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edgejax.plan.card_process"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=_environment(),
+        )  # fmt: skip
+        try:
+            yield from _answers(process, json.dumps(request), len(candidates))
+        except (EOFError, BrokenPipeError):
+            said.seek(0)
+            last = [line for line in said.read().splitlines() if line.strip()][-1:]
+            raise RunError(
+                f"compiling for {card.name} ended with code {process.wait()}: {''.join(last) or 'no message'}"
+            ) from None
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _answers(process: "subprocess.Popen[str]", request: str, n: int) -> Iterator[Footprint | str]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin, process.stdout:
+        process.stdin.write(request)
+        process.stdin.close()
+        for _ in range(n):
+            line = process.stdout.readline()
+            if not line:
+                raise EOFError
+            answer = json.loads(line)
+            yield answer["error"] if "error" in answer else Footprint.from_json(answer["footprint"])
+
+
+def _environment() -> dict[str, str]:
+    """Of the compiling process: no GPU is looked for, and ptxas is found."""
+    flags = [os.environ.get("XLA_FLAGS", ""), _FLAGS]
+    paths = [str(aot_folder()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    for folder in (aot_folder(), *map(Path, sys.path)):
+        tools = [folder / "nvidia" / name for name in ("cuda_nvcc", "cu13")]
+        found = next((tool for tool in tools if (tool / "bin" / "ptxas").exists()), None)
+        if found is not None:
+            flags.append(f"--xla_gpu_cuda_data_dir={found}")
+            break
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(filter(None, flags)),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }

@@ -1,0 +1,129 @@
+"""Plans for cards that are not here: what XLA is told, what is missing, and the real compiler where it is installed."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from edgejax.cli import main as program
+from edgejax.core.errors import ConfigError, RunError
+from edgejax.devices import device_profiles, find_device
+from edgejax.plan import Candidate, card, plan_for_card
+from edgejax.plan.cuda_target import check_card, target_config
+
+CARDS = [p for p in device_profiles() if p.compute_capability and p.compute_capability >= (8, 0)]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("profile", CARDS, ids=lambda profile: profile.name)
+def test_every_card_of_the_table_can_be_described(profile):
+    text = target_config(profile)
+    assert f"core_count: {profile.multiprocessors}" in text
+    assert f"device_memory_size: {profile.memory_bytes}" in text
+    assert "None" not in text
+    assert text.count("{") == text.count("}")
+    # Cores x lanes x 2 operations x clock is the published peak of float32.
+    lanes, clock = (
+        float(re.search(rf"{name}: ([\d.]+)", text)[1]) for name in ("fpus_per_core", "clock_rate_ghz")
+    )
+    assert profile.multiprocessors * lanes * 2 * clock == pytest.approx(profile.gpu_gflop_per_s, rel=0.01)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rtx2060", r"compute capability 7\.5; the kernels need 8\.0 .* no Pallas path"),
+        ("rx 7600", "for NVIDIA's cards, and AMD Radeon RX 7600 is none"),
+        ("pixel 7a", "for NVIDIA's cards, and Google Pixel 7a is none"),
+    ],
+)
+def test_devices_that_cannot_be_compiled_for(name, message):
+    with pytest.raises(ConfigError, match=message):
+        check_card(find_device(name))
+
+
+@pytest.fixture
+def no_plugin(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    return tmp_path
+
+
+def add_plugin(version: str) -> None:
+    metadata = card.aot_folder() / f"jax_cuda12_plugin-{version}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: jax-cuda12-plugin\nVersion: {version}\n"
+    )
+
+
+@pytest.mark.quick
+def test_without_the_compiler_it_is_said_what_to_install(no_plugin):
+    with pytest.raises(
+        ConfigError, match=r"(?s)need JAX's CUDA compiler.*pip install --no-deps --target .*gpu-aot"
+    ):
+        plan_for_card(find_device("rtx3060"), "tiny")
+
+
+@pytest.mark.quick
+def test_a_plugin_of_another_version_is_refused(no_plugin):
+    add_plugin("0.1.2")
+    with pytest.raises(
+        ConfigError, match=r"jax-cuda12-plugin is 0\.1\.2 and JAX is .*must be of one version"
+    ):
+        card.find_plugin()
+
+
+@pytest.mark.quick
+def test_a_compiler_that_dies_is_told_with_its_last_words(monkeypatch):
+    monkeypatch.setattr(card, "find_plugin", lambda: ("plugin", "1"))
+    monkeypatch.setattr(
+        card, "_environment", lambda: {"PATH": "", "PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"}
+    )
+    with pytest.raises(RunError, match="compiling for NVIDIA GeForce RTX 3060 12 GB ended with code"):
+        list(card.card_footprints(find_device("rtx3060"), "tiny", [Candidate(seq=32)]))
+
+
+@pytest.mark.quick
+def test_the_command_refuses_before_anything_is_compiled(capsys):
+    for words, message in (
+        (["--device", "rtx3061"], "no device named 'rtx3061'; the nearest names: NVIDIA GeForce RTX 3060"),
+        (["--device", "rtx2060"], "no Pallas path"),
+        (["--device", "rtx3060", "--batch", "70000", "--seq", "70000"], "positions at a time"),
+    ):
+        assert program.main(["plan", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    try:
+        return card.find_plugin()
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_a_plan_by_the_real_compiler(compiler, capsys):
+    words = ["plan", "--device", "rtx3060", "--model", "tiny", "--seq", "64", "--base", "int8"]
+    assert program.main([*words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["memory_bytes"] == 12 * 2**30
+    assert plan["evidence"] == "compiled for NVIDIA GeForce RTX 3060 12 GB (buffer assignment)"
+    assert plan["failed"] == {}
+    assert plan["chosen"]["settings"]["remat"] == "none"
+    peaks = {c["options"]: c["peak_bytes"] for c in plan["candidates"]}
+    assert peaks["--base int8 --remat full --boundaries int8"] < peaks["--base int8 --remat none"]
+    for candidate in plan["candidates"]:
+        assert sum(candidate["sources_bytes"].values()) == candidate["peak_bytes"]
+        assert candidate["xla"]["alias_bytes"] > 0  # the state is donated on the card too
+    assert plan["longer"]["chosen"]["settings"]["seq"] == 128
+    assert program.main(words) == 0
+    said = capsys.readouterr()
+    assert said.err == ""  # kept
+    assert (
+        "Train it there with: edgejax finetune --model tiny --seq 64 --batch 1 --rank 8 --base int8 --remat none"
+        in said.out
+    )
