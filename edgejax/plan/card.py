@@ -141,7 +141,7 @@ def card_footprints(
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", "edgejax.plan.card_process"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=_environment(),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=compiling_environment(),
         )  # fmt: skip
         try:
             yield from _answers(process, json.dumps(request), len(candidates))
@@ -170,8 +170,8 @@ def _answers(process: "subprocess.Popen[str]", request: str, n: int) -> Iterator
             yield answer["error"] if "error" in answer else Footprint.from_json(answer["footprint"])
 
 
-def _environment() -> dict[str, str]:
-    """Of the compiling process: no GPU is looked for, and ptxas is found."""
+def compiling_environment() -> dict[str, str]:
+    """Of a process that compiles for a card: no GPU is looked for, and ptxas is found."""
     flags = [os.environ.get("XLA_FLAGS", ""), _FLAGS]
     paths = [str(aot_folder()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     for folder in (aot_folder(), *map(Path, sys.path)):

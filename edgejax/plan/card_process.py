@@ -15,7 +15,7 @@ from typing import Any
 def main() -> int:
     """Answers the request; returns 0."""
     request = json.load(sys.stdin)
-    place, device = _card(request["card"])
+    place, device = card_device(request["card"])
     for text in request["candidates"]:
         print(json.dumps(_answer(request["model"], text, place, device)), flush=True)
     return 0
@@ -39,8 +39,10 @@ def _answer(model: str, text: str, place: Any, device: Any) -> dict[str, Any]:
     return {"footprint": found.to_json()}
 
 
-def _card(name: str) -> tuple[Any, Any]:
-    """A function that puts shapes on a card that is not here, and the card."""
+def card_device(name: str) -> tuple[Any, Any]:
+    """A function that puts shapes on a card that is not here, and the card; in a process that ``card.compiling_environment``
+    was given to.
+    """
     import jax
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec

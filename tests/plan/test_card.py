@@ -80,7 +80,9 @@ def test_a_plugin_of_another_version_is_refused(no_plugin):
 def test_a_compiler_that_dies_is_told_with_its_last_words(monkeypatch):
     monkeypatch.setattr(card, "find_plugin", lambda: ("plugin", "1"))
     monkeypatch.setattr(
-        card, "_environment", lambda: {"PATH": "", "PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"}
+        card,
+        "compiling_environment",
+        lambda: {"PATH": "", "PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"},
     )
     with pytest.raises(RunError, match="compiling for NVIDIA GeForce RTX 3060 12 GB ended with code"):
         list(card.card_footprints(find_device("rtx3060"), "tiny", [Candidate(seq=32)]))
