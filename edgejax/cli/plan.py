@@ -113,7 +113,8 @@ def _line(option: "Option") -> str:
 def _sources(option: "Option") -> str:
     from edgejax.core.units import format_bytes
 
-    return ", ".join(f"{name} {format_bytes(size)}" for name, size in option.footprint.sources.items())
+    sources = ", ".join(f"{name} {format_bytes(size)}" for name, size in option.footprint.sources.items())
+    return f"{sources} ({option.footprint.remark})" if option.footprint.remark else sources
 
 
 def _nothing_fits(plan: "Plan") -> str:

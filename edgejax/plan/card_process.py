@@ -11,45 +11,56 @@ import json
 import sys
 from typing import Any
 
+import jax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from edgejax.core.cache import forget_traces
+from edgejax.core.errors import EdgejaxError
+from edgejax.devices import find_device
+from edgejax.plan.candidate import Candidate, abstract_model
+from edgejax.plan.cuda_target import target_config
+from edgejax.plan.footprint import compile_footprint
+
+# Triton's tiles are tuned on the card; where there is none, XLA takes usual ones, which a product may not be cut into.
+_WAYS: tuple[dict[str, Any] | None, ...] = (None, {"xla_gpu_enable_triton_gemm": False})
+_REMARK = "all matrix products by cuBLAS, for Triton's usual tiles do not fit one of them"
+
 
 def main() -> int:
     """Answers the request; returns 0."""
     request = json.load(sys.stdin)
     place, device = card_device(request["card"])
     for text in request["candidates"]:
-        print(json.dumps(_answer(request["model"], text, place, device)), flush=True)
+        print(json.dumps(answer(request["model"], text, place, device)), flush=True)
     return 0
 
 
-def _answer(model: str, text: str, place: Any, device: Any) -> dict[str, Any]:
-    from edgejax.core.cache import forget_traces
-    from edgejax.core.errors import EdgejaxError
-    from edgejax.plan.candidate import Candidate, abstract_model
-    from edgejax.plan.footprint import compile_footprint
-
+def answer(model: str, text: str, place: Any, device: Any) -> dict[str, Any]:
+    """The footprint of a candidate (JSON), or why there is none."""
     candidate = Candidate.from_json(text)
-    try:
-        config, params = abstract_model(model, "f32" if candidate.mode == "full" else candidate.base)
-        found = compile_footprint(candidate, config, params, device=device, place=place)
-    except EdgejaxError as error:
-        return {"error": str(error)}
-    except RuntimeError as error:  # of XLA: a program that it cannot compile
-        return {"error": (str(error).splitlines() or [type(error).__name__])[0]}
-    forget_traces()
-    return {"footprint": found.to_json()}
+    why = ""
+    for options in _WAYS:
+        try:
+            config, params = abstract_model(model, "f32" if candidate.mode == "full" else candidate.base)
+            found = compile_footprint(
+                candidate, config, params, device=device, place=place, compiler_options=options,
+                remark=_REMARK if options else "",
+            )  # fmt: skip
+        except EdgejaxError as error:
+            return {"error": str(error)}
+        except RuntimeError as error:  # of XLA: a program that it cannot compile
+            why = why or (str(error).splitlines() or [type(error).__name__])[0]
+        else:
+            forget_traces()
+            return {"footprint": found.to_json()}
+    return {"error": why}
 
 
 def card_device(name: str) -> tuple[Any, Any]:
     """A function that puts shapes on a card that is not here, and the card; in a process that ``card.compiling_environment``
     was given to.
     """
-    import jax
-    from jax.experimental import topologies
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from edgejax.devices import find_device
-    from edgejax.plan.cuda_target import target_config
-
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=target_config(find_device(name)), topology="1x1x1"
     )

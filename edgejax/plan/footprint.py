@@ -25,11 +25,13 @@ class Footprint:
         the rest of the step's temporary memory.
       xla: XLA's own figures.
       bytes_per_parameter: of weights that train, their gradients and the optimizer's state.
+      remark: what is unusual about how it was compiled; empty: nothing.
     """
 
     sources: dict[str, int]
     xla: XlaMemory
     bytes_per_parameter: float
+    remark: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -43,6 +45,7 @@ class Footprint:
             "sources_bytes": self.sources,
             "xla": dataclasses.asdict(self.xla),
             "bytes_per_parameter": self.bytes_per_parameter,
+            "remark": self.remark,
         }
 
     @classmethod
@@ -57,6 +60,7 @@ class Footprint:
             sources=sources,
             xla=XlaMemory(**{name: int(size) for name, size in value["xla"].items()}),
             bytes_per_parameter=float(value["bytes_per_parameter"]),
+            remark=str(value["remark"]),
         )
         if found.peak_bytes != value["peak_bytes"] or sum(sources.values()) != found.peak_bytes:
             raise ValueError("the parts do not add up to the peak")
@@ -70,6 +74,8 @@ def compile_footprint(
     *,
     device: Any | None = None,
     place: Callable[[PyTree], PyTree] = lambda tree: tree,
+    compiler_options: dict[str, Any] | None = None,
+    remark: str = "",
 ) -> Footprint:
     """Compile a candidate's step and read its buffer assignment; nothing is computed, no array is made.
 
@@ -79,6 +85,8 @@ def compile_footprint(
       params: shapes and dtypes of its parameters.
       device: what to compile for; None: the default one.
       place: gives the shapes of arguments their sharding, for a device that is not here.
+      compiler_options: of XLA.
+      remark: what to say of these.
 
     Example:
       >>> from edgejax.plan.candidate import abstract_model
@@ -93,7 +101,7 @@ def compile_footprint(
     shape = (candidate.accumulate, candidate.batch, candidate.seq)
     with contextlib.nullcontext() if device is None else jax.default_device(device):
         lowered = step.lower(place(state), place(frozen), place(abstract_batch(*shape)))
-        xla = xla_memory(lowered.compile())
+        xla = xla_memory(lowered.compile(compiler_options))
     receipt = make_receipt(recipe, config, state, frozen, shape)
     sources = {tree.name: tree.n_bytes for tree in receipt.trees}
     stored = {"layer inputs": receipt.boundaries_bytes, "kept beside them": receipt.kept_bytes}
@@ -101,4 +109,4 @@ def compile_footprint(
         sources |= {name: size for name, size in stored.items() if size}
     # Batches, outputs and what is rounded up for alignment belong to it too.
     sources["the step itself"] = xla.peak_bytes - sum(sources.values())
-    return Footprint(sources=sources, xla=xla, bytes_per_parameter=receipt.bytes_per_parameter)
+    return Footprint(sources=sources, xla=xla, bytes_per_parameter=receipt.bytes_per_parameter, remark=remark)

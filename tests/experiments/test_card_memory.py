@@ -37,7 +37,7 @@ def test_loss_and_gradient_are_those_of_the_decoder(baseline, family, mode):
     rows, targets = tokens[:, :-1], tokens[:, 1:]
     positions = np.broadcast_to(np.arange(16, dtype=np.int32), rows.shape)
     ones = np.ones(rows.shape, np.int32)
-    batch = jax.tree.map(jnp.asarray, Batch(rows, targets, ones > 0, positions, ones))
+    batch = jax.tree.map(jnp.asarray, Batch(rows, targets, ones > 0, ones, positions))
 
     def ours(params, adapters):
         decoder = Decoder(config, lora if adapters else None)
@@ -53,3 +53,11 @@ def test_loss_and_gradient_are_those_of_the_decoder(baseline, family, mode):
     assert float(a[0]) == pytest.approx(float(b[0]), rel=1e-5)
     for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5)
+
+
+def test_the_readme_has_the_table_of_the_newest_result():
+    spec = importlib.util.spec_from_file_location("card_memory_render", FOLDER / "render.py")
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert render.with_numbers(readme, render.render(render.newest())) == readme

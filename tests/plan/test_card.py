@@ -9,7 +9,8 @@ import pytest
 from edgejax.cli import main as program
 from edgejax.core.errors import ConfigError, RunError
 from edgejax.devices import device_profiles, find_device
-from edgejax.plan import Candidate, card, plan_for_card
+from edgejax.measure.memory import XlaMemory
+from edgejax.plan import Candidate, Footprint, card, card_process, plan_for_card
 from edgejax.plan.cuda_target import check_card, target_config
 
 CARDS = [p for p in device_profiles() if p.compute_capability and p.compute_capability >= (8, 0)]
@@ -86,6 +87,28 @@ def test_a_compiler_that_dies_is_told_with_its_last_words(monkeypatch):
     )
     with pytest.raises(RunError, match="compiling for NVIDIA GeForce RTX 3060 12 GB ended with code"):
         list(card.card_footprints(find_device("rtx3060"), "tiny", [Candidate(seq=32)]))
+
+
+@pytest.mark.quick
+def test_a_product_that_triton_cannot_tile_is_left_to_cublas(monkeypatch):
+    asked = []
+
+    def compile_footprint(*args, compiler_options, remark, **kwargs):
+        asked.append(compiler_options)
+        if compiler_options is None or len(asked) > 2:
+            raise RuntimeError(f"INTERNAL: way {len(asked)}\nmore")
+        xla = XlaMemory(argument_bytes=1, output_bytes=0, alias_bytes=0, temp_bytes=0, generated_code_bytes=0)
+        return Footprint(sources={"trees": 1}, xla=xla, bytes_per_parameter=1.0, remark=remark)
+
+    monkeypatch.setattr(card_process, "compile_footprint", compile_footprint)
+    text = Candidate(seq=32).to_json()
+    found = card_process.answer("tiny", text, None, None)
+    assert asked == [None, {"xla_gpu_enable_triton_gemm": False}]
+    assert "cuBLAS" in found["footprint"]["remark"]
+    assert card_process.answer("tiny", text, None, None) == {"error": "INTERNAL: way 3"}
+    assert card_process.answer("none such", text, None, None)["error"].startswith(
+        "no shape named 'none such'"
+    )
 
 
 @pytest.mark.quick

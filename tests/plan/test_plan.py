@@ -167,6 +167,7 @@ def test_the_bytes_of_a_compiled_step_by_source():
     for one in found.values():
         assert sum(one.sources.values()) == one.peak_bytes
         assert one.sources["the step itself"] > 0
+        assert one.remark == ""
         assert Footprint.from_json(json.loads(json.dumps(one.to_json()))) == one
         assert one.sources["optimizer"] >= 2 * one.sources["adapters"]
     assert found["full"].peak_bytes < found["none"].peak_bytes
