@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -35,9 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--full", dest="mode", action="store_const", const="full", help="all parameters")
     parser.set_defaults(mode="lora")
     parser.add_argument(
-        "--base", choices=("int4", "int8", "bf16", "f32"), default="int4", help="of frozen weights"
-    )
-    parser.add_argument("--rank", type=whole_number, default=8, help="of adapters (default: %(default)s)")
+        "--base", choices=("auto", "int4", "int8", "bf16", "f32"),
+        help="how frozen weights are held (default: int4); auto: as the file has them",
+    )  # fmt: skip
+    parser.add_argument("--rank", type=whole_number, help="of adapters (default: 8)")
     parser.add_argument(
         "--seq", type=whole_number, default=512, help="positions of a row (default: %(default)s)"
     )
@@ -60,12 +63,22 @@ def run(args: argparse.Namespace) -> int:
       ConfigError, RunError: as ``plan.plan_for_card``; an unknown device.
     """
     from edgejax.cli.options import check_step_size
-    from edgejax.devices import find_device
+    from edgejax.core.errors import ConfigError
+    from edgejax.devices import find_device, is_budget, parse_budget
     from edgejax.plan import plan_for_card
 
     check_step_size(args.batch, args.seq)
+    if args.mode == "full" and (args.base, args.rank) != (None, None):
+        raise ConfigError(
+            "--base and --rank are of LoRA; with --full the plan compares how weights can be held"
+        )
+    if is_budget(args.device):
+        parse_budget(args.device)
+        raise ConfigError(
+            f"no plan is made for an amount of memory ({args.device}) yet; name a card, like rtx3060"
+        )
     plan = plan_for_card(
-        find_device(args.device), args.model, mode=args.mode, base=args.base, rank=args.rank, seq=args.seq,
+        find_device(args.device), args.model, mode=args.mode, base=args.base or "int4", rank=8 if args.rank is None else args.rank, seq=args.seq,
         batch=args.batch, accumulate=args.accumulate, note=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     print(json.dumps(plan.to_json()) if args.json else as_text(plan))
@@ -75,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
 def as_text(plan: "Plan") -> str:
     """A table of the settings, the chosen one first, and what longer rows would take."""
     from edgejax.core.units import format_bytes
+    from edgejax.weights.presets import PRESETS
 
     lines = [
         f"{plan.model} on {plan.device}: {format_bytes(plan.memory_bytes)} of memory, "
@@ -94,7 +108,9 @@ def as_text(plan: "Plan") -> str:
         size = f"--seq {chosen.candidate.seq} --batch {chosen.candidate.batch}"
         if chosen.candidate.mode == "lora":
             size += f" --rank {chosen.candidate.rank}"
-        command = f"edgejax finetune --model {plan.model} {size} {chosen.candidate.describe()}"
+        known = plan.model in PRESETS or os.path.exists(plan.model)
+        name = shlex.quote(plan.model) if known else "PATH"  # of a shape, wherever its weights are
+        command = f"edgejax finetune --model {name} {size} {chosen.candidate.describe()}"
         lines += ["", f"Train it there with: {command}"]
     if plan.longer is not None:
         lines.append(_longer(plan.longer))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgejax.data import Split
     from edgejax.models import LoraConfig
     from edgejax.train import FinetuneResult, TrainSettings
-    from edgejax.weights import LoadedModel
+    from edgejax.weights import LoadedModel, OpenedModel
 
 MEMORY_NOTES = {
     "weights": "the frozen base, bytes of its arrays",
@@ -44,7 +44,7 @@ def finish(
       RunError: a file cannot be written; the checkpoints are whole, so resuming writes it again.
     """
     release_freed_memory()  # of training: the sample compiles programs of its own
-    model: LoadedModel = result.model
+    model: LoadedModel | OpenedModel = result.model
     trained = write_trained(model, lora, result)
     sample = make_sample(options, model, lora, result)
     data = report_data(options, model, rows, settings, lora, result, sample, started)
@@ -59,7 +59,9 @@ def finish(
         print(json.dumps(record))
 
 
-def write_trained(model: "LoadedModel", lora: "LoraConfig | None", result: "FinetuneResult") -> Path:
+def write_trained(
+    model: "LoadedModel | OpenedModel", lora: "LoraConfig | None", result: "FinetuneResult"
+) -> Path:
     """``adapter/`` in PEFT's format, or after full-parameter training ``model/`` as safetensors (bf16)."""
     from edgejax.weights.export import export
 
@@ -71,7 +73,10 @@ def write_trained(model: "LoadedModel", lora: "LoraConfig | None", result: "Fine
 
 
 def make_sample(
-    options: argparse.Namespace, model: "LoadedModel", lora: "LoraConfig | None", result: "FinetuneResult"
+    options: argparse.Namespace,
+    model: "LoadedModel | OpenedModel",
+    lora: "LoraConfig | None",
+    result: "FinetuneResult",
 ) -> Sample | None:
     """The prompt's most likely continuation by the base and by what was trained; None with ``--sample-tokens 0``."""
     if options.sample_tokens == 0:
@@ -80,15 +85,23 @@ def make_sample(
     import jax.numpy as jnp
 
     from edgejax.models import generate
+    from edgejax.train.held import as_patterns
+    from edgejax.weights import LoadedModel, OpenedModel
 
-    def text(model: "LoadedModel", adapters: PyTree) -> str:
+    def text(model: LoadedModel, adapters: PyTree) -> str:
         return generate(
             model, options.prompt, adapters=adapters, lora=lora, max_tokens=options.sample_tokens
         ).text
 
     if lora is None:
-        before, after = text(model, {}), text(dataclasses.replace(model, params=result.trainable), {})
+        base = model.load() if isinstance(model, OpenedModel) else model
+        base = dataclasses.replace(base, params=as_patterns(base.params))
+        before = text(base, {})
+        base = dataclasses.replace(base, params=as_patterns(result.trainable))  # not two models at a time
+        release_freed_memory()
+        after = text(base, {})
     else:  # adapters of zeros leave the base as it is, to the bit, and need no further program
+        assert isinstance(model, LoadedModel)  # adapters are trained beside a base with its weights
         before = text(model, jax.tree.map(jnp.zeros_like, result.adapters))
         after = text(model, result.adapters)
     return Sample(prompt=options.prompt, before=before, after=after)
@@ -96,7 +109,7 @@ def make_sample(
 
 def report_data(
     options: argparse.Namespace,
-    model: "LoadedModel",
+    model: "LoadedModel | OpenedModel",
     rows: "Split",
     settings: "TrainSettings",
     lora: "LoraConfig | None",

@@ -86,9 +86,7 @@ def find_device(name: str) -> DeviceProfile:
     names = {_key(profile.name): profile.name for profile in profiles}
     near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
     nearest = f"; the nearest names: {', '.join(names[key] for key in near)}" if near else ""
-    raise ConfigError(
-        f"no device named {name!r}{nearest}. A budget such as 600MB or 1.2GB can be given in its place."
-    )
+    raise ConfigError(f"no device named {name!r}{nearest}")
 
 
 def _key(name: str) -> str:

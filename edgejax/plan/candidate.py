@@ -69,6 +69,11 @@ class Candidate:
         """Its adapters."""
         return LoraConfig(rank=self.rank, alpha=2.0 * self.rank) if self.mode == "lora" else None
 
+    @property
+    def held_base(self) -> str:
+        """How the model is held when training begins."""
+        return "f32" if self.mode == "full" else self.base
+
     def to_json(self) -> str:
         """For another process, and for the name of a kept result."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -106,8 +111,13 @@ def abstract_model(name: str, base: str) -> tuple[ModelConfig, PyTree]:
     Raises:
       ConfigError, WeightsError: no such model; names the nearest.
     """
-    if Path(name).expanduser().exists() or (name in PRESETS and PRESETS[name].is_cached()):
+    looks_like_a_path = "/" in name or name.endswith((".gguf", ".ejx", ".safetensors"))
+    if (
+        looks_like_a_path
+        or Path(name).expanduser().exists()
+        or (name in PRESETS and PRESETS[name].is_cached())
+    ):
         opened = open_model(name, base=check_base(base), need_tokenizer=False)
         return opened.config, opened.abstract_params()
-    config = find_shape(name)
+    config = find_shape(name.removesuffix("-bf16"))  # a preset may say how its file holds the weights
     return config, abstract_params(RandomSource(config, 0), check_base(base))

@@ -4,10 +4,12 @@ This needs JAX's CUDA plugin and NVIDIA's ``ptxas``: the extra ``gpu-aot``, or b
 for JAX complains at every start about a plugin that finds no driver.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,9 +20,9 @@ from pathlib import Path
 import jax
 
 from edgejax.core.cache import cache_dir
-from edgejax.core.errors import ConfigError, RunError
+from edgejax.core.errors import ConfigError
 from edgejax.devices import DeviceProfile
-from edgejax.plan.candidate import Candidate
+from edgejax.plan.candidate import Candidate, abstract_model
 from edgejax.plan.cuda_target import RESERVE_BYTES, check_card
 from edgejax.plan.footprint import Footprint
 from edgejax.plan.search import Plan, candidates_for, find_options, make_plan
@@ -55,6 +57,7 @@ def find_plugin() -> tuple[str, str]:
         for name in PLUGINS
         for distribution in importlib.metadata.distributions(name=name, path=[str(aot_folder()), *sys.path])
     ]
+    found.sort(key=lambda one: one[1] != jax.__version__)  # one that fits, if there is any
     if not found:
         raise ConfigError(
             f"plans for a graphics card need JAX's CUDA compiler; install it with\n  {install_command()}"
@@ -95,20 +98,21 @@ def plan_for_card(
 
     Raises:
       ConfigError: a card that cannot be compiled for, no compiler, an unknown model, settings that do not go together.
-      RunError: the compiling process ended without an answer.
     """
     check_card(card)
     assert card.memory_bytes is not None  # the table has it for each card
     plugin = find_plugin()
-    store = FootprintStore([dataclasses.asdict(card), plugin], note=note)
-    shared = {"rank": rank, "seq": seq, "batch": batch, "accumulate": accumulate}
+    store = FootprintStore([dataclasses.asdict(card), plugin, os.environ.get("XLA_FLAGS", "")], note=note)
+    candidates = candidates_for(mode, base=base, rank=rank, seq=seq, batch=batch, accumulate=accumulate)
+    config, _ = abstract_model(model, candidates[0].held_base)
 
     def find(candidates: Sequence[Candidate]):
         return find_options(model, candidates, partial(card_footprints, card), store, note)
 
     return make_plan(
         model,
-        candidates_for(mode, base=base, **shared),
+        candidates,
+        config.max_position,
         find,
         device=card.name,
         memory_bytes=card.memory_bytes,
@@ -129,45 +133,47 @@ def card_footprints(
 
     Raises:
       ConfigError: a card that cannot be compiled for, or no compiler.
-      RunError: the compiling process ended without an answer.
     """
     check_card(card)
     find_plugin()
-    request = {
-        "card": card.name,
-        "model": model,
-        "candidates": [candidate.to_json() for candidate in candidates],
-    }
+    left = list(candidates)
+    while left:  # the compiler may take its process down; then the next one goes on without that candidate
+        for answer in _answers(card, model, list(left)):
+            del left[0]
+            yield answer
+
+
+def _answers(card: DeviceProfile, model: str, candidates: Sequence[Candidate]) -> Iterator[Footprint | str]:
+    """Those of one process; the last one says how it ended, where it ended too early."""
+    texts = [candidate.to_json() for candidate in candidates]
+    request = json.dumps({"card": card.name, "model": model, "candidates": texts})
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", "edgejax.plan.card_process"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=compiling_environment(),
         )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            yield from _answers(process, json.dumps(request), len(candidates))
-        except (EOFError, BrokenPipeError):
-            said.seek(0)
-            last = [line for line in said.read().splitlines() if line.strip()][-1:]
-            raise RunError(
-                f"compiling for {card.name} ended with code {process.wait()}: {''.join(last) or 'no message'}"
-            ) from None
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(request)
+            n_left = len(candidates)
+            for line in process.stdout:
+                if not line.startswith("{"):
+                    continue  # of a library
+                answer = json.loads(line)
+                yield answer["error"] if "error" in answer else Footprint.from_json(answer["footprint"])
+                n_left -= 1
+            if n_left:
+                said.seek(0)
+                last = [line for line in said.read().splitlines() if line.strip()][-1:]
+                code = process.wait()
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                yield f"the compiler ended with {how}: {''.join(last) or 'it said nothing'}"
         finally:
             process.kill()
             process.wait()
-
-
-def _answers(process: "subprocess.Popen[str]", request: str, n: int) -> Iterator[Footprint | str]:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with process.stdin, process.stdout:
-        process.stdin.write(request)
-        process.stdin.close()
-        for _ in range(n):
-            line = process.stdout.readline()
-            if not line:
-                raise EOFError
-            answer = json.loads(line)
-            yield answer["error"] if "error" in answer else Footprint.from_json(answer["footprint"])
+            process.stdout.close()
 
 
 def compiling_environment() -> dict[str, str]:

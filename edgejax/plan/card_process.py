@@ -42,14 +42,14 @@ def answer(model: str, text: str, place: Any, device: Any) -> dict[str, Any]:
     why = ""
     for options in _WAYS:
         try:
-            config, params = abstract_model(model, "f32" if candidate.mode == "full" else candidate.base)
+            config, params = abstract_model(model, candidate.held_base)
             found = compile_footprint(
                 candidate, config, params, device=device, place=place, compiler_options=options,
                 remark=_REMARK if options else "",
             )  # fmt: skip
         except EdgejaxError as error:
             return {"error": str(error)}
-        except RuntimeError as error:  # of XLA: a program that it cannot compile
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # it cannot be compiled
             why = why or (str(error).splitlines() or [type(error).__name__])[0]
         else:
             forget_traces()

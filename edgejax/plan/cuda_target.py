@@ -39,14 +39,13 @@ def check_card(card: DeviceProfile) -> None:
     capability = card.compute_capability
     if card.kind != "gpu" or capability is None:
         raise ConfigError(
-            f"programs are compiled for NVIDIA's cards, and {card.name} is none. Plan with its memory instead: "
-            "--device 8GB"
+            f"programs are compiled for NVIDIA's cards, and {card.name} is none; name one of them, like rtx3060"
         )
     version = ".".join(map(str, capability))
     if capability < OLDEST:
         raise ConfigError(
-            f"{card.name} has compute capability {version}; the kernels need {'.'.join(map(str, OLDEST))} (Ampere) or "
-            "newer, for there is no Pallas path below it"
+            f"{card.name} has compute capability {version}; plans are made from {'.'.join(map(str, OLDEST))} (Ampere) "
+            "on, for JAX has no Pallas path below it"
         )
     if capability not in _CAPABILITIES:
         raise ConfigError(

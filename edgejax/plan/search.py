@@ -82,9 +82,9 @@ class Plan:
         return self.memory_bytes - self.reserve_bytes
 
     def fitting(self) -> list[Option]:
-        """Those within the budget, the fastest first; of equals the one that takes least."""
+        """Those within the budget, the fastest first; of equals the first, which rounds least."""
         fits = [option for option in self.options if option.footprint.peak_bytes <= self.budget_bytes]
-        return sorted(fits, key=lambda o: (-round(o.relative_speed, 3), o.footprint.peak_bytes))
+        return sorted(fits, key=lambda option: -round(option.relative_speed, 3))
 
     def too_large(self) -> list[Option]:
         """The others, the smallest first."""
@@ -136,6 +136,7 @@ def candidates_for(mode: str, *, base: str = "int4", **shared: Any) -> list[Cand
 def make_plan(
     model: str,
     candidates: Sequence[Candidate],
+    max_position: int,
     find: Callable[[Sequence[Candidate]], tuple[tuple[Option, ...], dict[str, str]]],
     *,
     device: str,
@@ -148,6 +149,7 @@ def make_plan(
     Args:
       model: see ``abstract_model``.
       candidates: to compare.
+      max_position: the model's context.
       find: ``find_options`` with its other arguments given.
       device, memory_bytes, reserve_bytes, evidence: see ``Plan``.
     """
@@ -159,12 +161,12 @@ def make_plan(
     plan = Plan(options=options, failed=failed, **about)
     if plan.chosen is None:
         return plan
-    config, _ = abstract_model(model, "f32")
     from_chosen = [o.candidate for o in plan.fitting()]
     longer: tuple[Option, ...] = ()
-    for candidate in from_chosen if 2 * from_chosen[0].seq <= config.max_position else ():
-        more, failed = find([dataclasses.replace(candidate, seq=2 * candidate.seq)])
-        longer += more
+    failed = {}
+    for candidate in from_chosen if 2 * from_chosen[0].seq <= max_position else ():
+        more, why = find([dataclasses.replace(candidate, seq=2 * candidate.seq)])
+        longer, failed = longer + more, failed | why
         if more and more[0].footprint.peak_bytes <= plan.budget_bytes:
             break
     if not longer:
@@ -192,8 +194,7 @@ def find_options(
     configs: dict[Candidate, ModelConfig] = {}
     paths = {}
     for candidate in candidates:
-        base = "f32" if candidate.mode == "full" else candidate.base
-        configs[candidate], params = abstract_model(model, base)
+        configs[candidate], params = abstract_model(model, candidate.held_base)
         if candidate.seq > configs[candidate].max_position:
             raise ConfigError(
                 f"rows of {candidate.seq} positions are beyond the context of {model}, {configs[candidate].max_position}"

@@ -18,7 +18,8 @@ def flop_per_token(candidate: Candidate, config: ModelConfig) -> float:
     """Operations a token: of linear maps (2 a weight and pass), of attention (causal), of what is computed again.
 
     A frozen weight has a forward pass and one for the gradient of its input; a trained one a third for its own
-    (adapters are left out: under a hundredth). A frozen head computes its loss and the gradient in one pass over two products.
+    (adapters are left out: under a hundredth). A frozen head computes its loss and the gradient in one pass over two
+    products, a trained one makes its logits twice. Norms after attention and the MLP (gemma) need what they normalise again.
 
     >>> from edgejax.models.shapes import find_shape
     >>> config = find_shape("smollm2-135m")
@@ -27,14 +28,19 @@ def flop_per_token(candidate: Candidate, config: ModelConfig) -> float:
     True
     """
     shapes = config.linear_shapes()
-    passes = 3 if candidate.mode == "full" else 2
+    is_full = candidate.mode == "full"
     linear = sum(o * i for o, i in shapes.values())
-    again = sum(shapes[name][0] * shapes[name][1] for name in _RECOMPUTED[candidate.remat])
-    # Two products over half of the keys forward, five backward (the scores are made again).
-    attention = candidate.seq * config.n_heads * config.head_dim
+    repeated = set(_RECOMPUTED[candidate.remat]) | ({"o_proj", "down_proj"} if config.post_norms else set())
+    again = sum(shapes[name][0] * shapes[name][1] for name in repeated)
+    # Two products over the keys that are seen forward, five backward (the scores are made again).
+    n_sliding = sum(config.sliding_layers)
+    seen = candidate.seq / 2  # of a causal row, on average
+    seen_sliding = min(seen, config.sliding_window or candidate.seq)
+    keys = (config.n_layers - n_sliding) * seen + n_sliding * seen_sliding
     attention_passes = 2 + 5 + 2 * _RECOMPUTES_ATTENTION[candidate.remat]
-    layers = config.n_layers * (2 * (passes * linear + again) + attention_passes * attention)
-    return layers + 2 * passes * config.vocab_size * config.d_model
+    attention = 2 * attention_passes * keys * config.n_heads * config.head_dim
+    head = (4 if is_full else 2) * config.vocab_size * config.d_model
+    return config.n_layers * 2 * ((3 if is_full else 2) * linear + again) + attention + 2 * head
 
 
 def relative_speed(candidate: Candidate, config: ModelConfig) -> float:

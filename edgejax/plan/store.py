@@ -50,7 +50,7 @@ class FootprintStore:
             return Footprint.from_json(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             self._note(f"the kept plan {path} cannot be read ({error}); it is made again")
             return None
 

@@ -43,7 +43,7 @@ class FinetuneResult:
 
     run_dir: Path
     mode: Mode
-    model: Any  # the base with its weights: what was given, or what its load() gave
+    model: Any  # the base: what was given, or with its weights what its load() gave, where adapters need them
     trainable: PyTree  # adapters, float32 (lora), or all parameters, float32 or bfloat16 (full)
     steps: int
     held_out_before: EvalResult
@@ -142,9 +142,18 @@ def finetune(
         phases = [phase_memory("opening")]
         programs, loaded = _compile(model, train, settings, lora, phases)
         streamed = settings.schedule == "streamed"
-        frozen, state = programs.start(programs.params if streamed else loaded.params)
-        release_freed_memory()  # of compiling its small program
-        keep_scratch()
+        base: ModelLike | OpenedLike = loaded
+        gives_away = lora is None and isinstance(model, OpenedLike)
+        if gives_away:
+            base = model  # it can be read again, and would be there beside what is trained
+        frozen, state = programs.start(
+            programs.params if streamed else loaded.params, give_away=gives_away and programs.mesh is None
+        )
+        del loaded
+        jax.block_until_ready(state)
+        release_freed_memory()  # of compiling its small program, and of the base
+        if not streamed:  # which gives everything back after each layer
+            keep_scratch()
         phases.append(phase_memory("loading"))
         if guard.received is not None and not resume and jax.process_count() == 1:
             raise Interrupted(
@@ -159,7 +168,7 @@ def finetune(
         )
         stack.callback(checkpoints.close)
         receipt = make_receipt(
-            programs.recipe, loaded.config, state, {} if streamed else frozen,
+            programs.recipe, base.config, state, {} if streamed else frozen,
             (settings.accumulate, settings.batch_size, train.seq_length),
         )  # fmt: skip
         progress.note(f"receipt\n{receipt}")
@@ -181,11 +190,11 @@ def finetune(
                     guard, "before the first step; nothing was lost. Go on with the same command and resume."
                 )
             log_evaluation(0, first, log, progress)
+            phases.append(phase_memory("first evaluation"))
         if restored is None and resume:
             progress.note("no checkpoint had been written yet; starting at step 0")
         if restored is not None:
             state = restored[1]
-        phases.append(phase_memory("first evaluation"))
         batches = DatasetBatches(train, settings)
         loop = train_loop(
             step, state, frozen, batches, settings, schedule=programs.schedule, start_step=start_step,
@@ -199,7 +208,7 @@ def finetune(
         result = FinetuneResult(
             run_dir=folder.path,
             mode=programs.mode,
-            model=loaded,
+            model=base,
             trainable=programs.trained(loop.state.trainable),
             steps=loop.step,
             held_out_before=_eval_result(log.evaluations[0]),
@@ -240,7 +249,7 @@ def _compile(
         return programs, model  # type: ignore[return-value]
     forget_traces()
     phases.append(phase_memory("compiling"))
-    loaded = model.load()
+    loaded = model.load(on_host=lora is None and programs.mesh is None)
     release_freed_memory()
     if not programs.fit(loaded.params):  # scales that float16 cannot hold
         programs = compile_programs(loaded.config, loaded.params, settings, lora, train.seq_length)

@@ -40,7 +40,7 @@ class Programs(NamedTuple):
       recipe: how a step is computed.
       mesh: the devices they run on; None: one.
       schedule: the learning rate by step.
-      start: from the model's parameters to ``(frozen, state)`` before the first step.
+      start: from the model's parameters to ``(frozen, state)`` before the first step; ``give_away`` as in ``start_run``.
       step: compiled ``(state, frozen, batch [A, B, T]) -> (state, metrics)``; takes the state by donation.
       evaluate: compiled ``(trainable, frozen, batch [B, T]) -> (loss sum, counted tokens)``.
       trained: from ``state.trainable`` to what was trained, as the rest of the library takes it.
@@ -51,7 +51,7 @@ class Programs(NamedTuple):
     recipe: StepRecipe
     mesh: Mesh | None
     schedule: optax.Schedule
-    start: Callable[[PyTree], tuple[PyTree, TrainState]]
+    start: Callable[..., tuple[PyTree, TrainState]]
     step: Any
     evaluate: Any
     trained: Callable[[PyTree], PyTree]
@@ -90,9 +90,9 @@ def compile_programs(
 
     streamed = recipe.schedule == "streamed"
 
-    def start(params: PyTree) -> tuple[PyTree, TrainState]:
-        placed = params if streamed or mesh is not None else jax.device_put(params)
-        return start_run(recipe, config, placed, lora, mesh)
+    def start(params: PyTree, give_away: bool = False) -> tuple[PyTree, TrainState]:
+        placed = params if streamed or give_away or mesh is not None else jax.device_put(params)
+        return start_run(recipe, config, placed, lora, mesh, give_away=give_away)
 
     shapes = params if streamed else abstract(params)
     frozen, state = abstract_run(recipe, config, shapes, lora)

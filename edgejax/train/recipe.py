@@ -21,7 +21,7 @@ from edgejax.memory.tiles import check_tile
 from edgejax.models import Decoder, LoraConfig, ModelConfig, init_lora
 from edgejax.optim import stochastic_rounding
 from edgejax.train.flat_adapters import FlatAdapters, check_elementwise
-from edgejax.train.held import hold_weights, on_host
+from edgejax.train.held import hold_weights, on_host, take_weights
 from edgejax.train.layerwise import REMAT as LAYERWISE_REMAT
 from edgejax.train.layerwise import make_layerwise_step
 from edgejax.train.layerwise_state import check_layerwise, init_layerwise
@@ -175,6 +175,8 @@ def start_run(
     params: PyTree,
     lora: LoraConfig | None,
     mesh: Mesh | None = None,
+    *,
+    give_away: bool = False,
 ) -> tuple[PyTree, TrainState]:
     """``(frozen, state)`` before the first step. Trained leaves are never the model's own buffers: the step donates.
 
@@ -186,6 +188,8 @@ def start_run(
       params: its parameters; a ``LayerSource`` with ``streamed``.
       lora: which layers get adapters; None trains all parameters.
       mesh: devices to place both on; None: the default one.
+      give_away: where all parameters train: ``params`` is a tree of numpy arrays that is emptied, so that no more than
+        one leaf of it is there twice.
     """
     if mesh is not None:
         start = functools.partial(start_run, recipe, config, lora=lora)
@@ -207,6 +211,10 @@ def start_run(
 
         return params, jax.jit(from_adapters)(jax.random.key(recipe.seed))
     from_params = lambda params: begin(hold_weights(params, bfloat16=recipe.bfloat16))  # noqa: E731
+    if give_away:
+        trainable = take_weights(params, bfloat16=recipe.bfloat16)
+        rest = jax.jit(lambda trainable: begin(trainable)._replace(trainable=None))(trainable)
+        return {}, rest._replace(trainable=trainable)
     return {}, jax.jit(from_params)(params)
 
 

@@ -11,7 +11,7 @@ from edgejax.weights.export_gguf import export_gguf
 from edgejax.weights.export_lora_gguf import export_lora_gguf
 from edgejax.weights.export_merged import export_merged
 from edgejax.weights.export_peft import export_peft
-from edgejax.weights.load import LoadedModel, ModelSource
+from edgejax.weights.load import LoadedModel, ModelSource, OpenedModel
 from edgejax.weights.presets import PRESETS
 
 ExportFormat = Literal["peft", "lora-gguf", "merged-safetensors", "merged-gguf-f16", "merged-gguf-q8_0"]
@@ -19,7 +19,7 @@ EXPORT_FORMATS: tuple[str, ...] = get_args(ExportFormat)
 
 
 def export(
-    model: LoadedModel,
+    model: LoadedModel | OpenedModel,
     out: str | os.PathLike,
     *,
     format: ExportFormat,
@@ -32,7 +32,7 @@ def export(
     """Write what was trained in one of ``EXPORT_FORMATS``; return the path.
 
     Args:
-      model: the base it was trained on.
+      model: the base it was trained on; of one that was only opened, weights are read where they are needed.
       out: folder (``peft``, ``merged-safetensors``) or file (the GGUF formats) to make.
       format: ``peft`` and ``lora-gguf`` hold the adapters alone; the merged ones are whole models.
       adapters, lora: after LoRA training; both.
@@ -67,7 +67,7 @@ def export(
             )
         write = export_peft if format == "peft" else export_lora_gguf
         return write(adapters, lora, config, out, base_name=_base_name(source), overwrite=overwrite)
-    tree = model.params if params is None else params
+    tree = _params(model) if params is None else params
     if format == "merged-safetensors":
         return export_merged(
             tree,
@@ -92,6 +92,10 @@ def export(
         weight_type="f16" if format == "merged-gguf-f16" else "q8_0",
         overwrite=overwrite,
     )
+
+
+def _params(model: LoadedModel | OpenedModel) -> PyTree:
+    return model.params if isinstance(model, LoadedModel) else model.load(on_host=True).params
 
 
 def _base_name(source: ModelSource) -> str:

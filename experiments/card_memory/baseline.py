@@ -32,6 +32,11 @@ def mean_loss(config: ModelConfig, lora: LoraConfig | None, params, adapters, to
     behind = jnp.arange(length)[:, None] - jnp.arange(length)
     repeats = config.n_heads // config.n_kv_heads
 
+    def product(
+        x, weight
+    ):  # not x @ weight.T: the scan would keep all transposed weights for the backward pass
+        return jnp.einsum("bti,oi->bto", x, weight)
+
     def norm(x, scale):
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
@@ -41,10 +46,10 @@ def mean_loss(config: ModelConfig, lora: LoraConfig | None, params, adapters, to
         weights, adapter, sliding = leaves
 
         def linear(x, name):
-            y = x @ cast(weights[name]["kernel"]).T
+            y = product(x, cast(weights[name]["kernel"]))
             if name in adapter:
-                low = x @ cast(adapter[name]["lora_a"]).T
-                y = y + lora.scaling * (low @ cast(adapter[name]["lora_b"]).T)
+                low = product(x, cast(adapter[name]["lora_a"]))
+                y = y + lora.scaling * product(low, cast(adapter[name]["lora_b"]))
             return y + cast(weights[name]["bias"]) if "bias" in weights[name] else y
 
         x = norm(h, weights["attn_norm"]["scale"])
@@ -60,7 +65,7 @@ def mean_loss(config: ModelConfig, lora: LoraConfig | None, params, adapters, to
         scores = jnp.einsum("bqhc,bkhc->bhqk", q, k) * config.query_scale
         window = jnp.where(sliding, config.sliding_window or length, length)
         seen = (behind >= 0) & (behind < window)
-        scores = jnp.where(seen, scores.astype(jnp.float32), -jnp.inf)
+        scores = scores.astype(jnp.float32) + jnp.where(seen, 0.0, -jnp.inf)
         mixed = jnp.einsum("bhqk,bkhc->bqhc", cast(jax.nn.softmax(scores, axis=-1)), v)
         x = linear(mixed.reshape(batch, length, -1), "o_proj")
         h = h + (norm(x, weights["attn_post_norm"]["scale"]) if config.post_norms else x)
@@ -74,7 +79,7 @@ def mean_loss(config: ModelConfig, lora: LoraConfig | None, params, adapters, to
     h = cast(params["embed"]["table"])[tokens] * jnp.asarray(config.embed_scale, dtype)
     h, _ = jax.lax.scan(layer, h, (params["blocks"], adapters.get("blocks", {}), flags))
     head = params["embed"]["table"] if config.tie_embeddings else params["head"]["kernel"]
-    logits = (norm(h, params["final_norm"]["scale"]) @ cast(head).T).astype(jnp.float32)
+    logits = product(norm(h, params["final_norm"]["scale"]), cast(head)).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 

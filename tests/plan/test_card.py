@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from edgejax.cli import main as program
-from edgejax.core.errors import ConfigError, RunError
+from edgejax.core.errors import ConfigError
 from edgejax.devices import device_profiles, find_device
 from edgejax.measure.memory import XlaMemory
 from edgejax.plan import Candidate, Footprint, card, card_process, plan_for_card
@@ -35,7 +35,7 @@ def test_every_card_of_the_table_can_be_described(profile):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rtx2060", r"compute capability 7\.5; the kernels need 8\.0 .* no Pallas path"),
+        ("rtx2060", r"compute capability 7\.5; plans are made from 8\.0 .* no Pallas path"),
         ("rx 7600", "for NVIDIA's cards, and AMD Radeon RX 7600 is none"),
         ("pixel 7a", "for NVIDIA's cards, and Google Pixel 7a is none"),
     ],
@@ -77,16 +77,45 @@ def test_a_plugin_of_another_version_is_refused(no_plugin):
         card.find_plugin()
 
 
+DYING = """
+import json, os, sys
+request = json.load(sys.stdin)
+print("a library says something")
+for number, text in enumerate(request["candidates"]):
+    candidate = json.loads(text)
+    if candidate["seq"] == 33:
+        print("its last words", file=sys.stderr, flush=True)
+        os.abort()
+    n = candidate["seq"]
+    xla = {"argument_bytes": n, "output_bytes": 0, "alias_bytes": 0, "temp_bytes": 0, "generated_code_bytes": 0}
+    print(json.dumps({"footprint": {
+        "peak_bytes": n, "sources_bytes": {"trees": n}, "xla": xla, "bytes_per_parameter": 1, "remark": ""
+    }}), flush=True)
+"""
+
+
 @pytest.mark.quick
-def test_a_compiler_that_dies_is_told_with_its_last_words(monkeypatch):
+def test_a_candidate_that_takes_the_compiler_down_costs_no_other(monkeypatch, tmp_path):
+    package = tmp_path / "edgejax" / "plan"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package / "card_process.py").write_text(DYING)
+    monkeypatch.chdir(tmp_path)  # where -m looks first
     monkeypatch.setattr(card, "find_plugin", lambda: ("plugin", "1"))
-    monkeypatch.setattr(
-        card,
-        "compiling_environment",
-        lambda: {"PATH": "", "PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"},
-    )
-    with pytest.raises(RunError, match="compiling for NVIDIA GeForce RTX 3060 12 GB ended with code"):
-        list(card.card_footprints(find_device("rtx3060"), "tiny", [Candidate(seq=32)]))
+    environment = {"PATH": "/bin", "PYTHONPATH": str(tmp_path)}
+    monkeypatch.setattr(card, "compiling_environment", lambda: environment)
+    candidates = [Candidate(seq=seq) for seq in (32, 33, 34, 35)]
+    found = list(card.card_footprints(find_device("rtx3060"), "tiny", candidates))
+    assert [one if isinstance(one, str) else one.peak_bytes for one in found] == [
+        32, "the compiler ended with SIGABRT: its last words", 34, 35,
+    ]  # fmt: skip
+    some = card.card_footprints(find_device("rtx3060"), "tiny", candidates)
+    next(some)
+    some.close()  # nobody waits for the rest; its process is gone
+    environment["PYTHONHOME"] = str(tmp_path)  # cannot even start
+    dead = list(card.card_footprints(find_device("rtx3060"), "tiny", candidates[:2]))
+    assert [one.startswith("the compiler ended with exit code 1") for one in dead] == [True, True]
 
 
 @pytest.mark.quick
@@ -112,11 +141,22 @@ def test_a_product_that_triton_cannot_tile_is_left_to_cublas(monkeypatch):
 
 
 @pytest.mark.quick
-def test_the_command_refuses_before_anything_is_compiled(capsys):
+def test_the_command_refuses_before_anything_is_compiled(capsys, monkeypatch):
+    monkeypatch.setattr(card, "find_plugin", lambda: ("plugin", "1"))
+    monkeypatch.setattr(card, "card_footprints", None)
     for words, message in (
         (["--device", "rtx3061"], "no device named 'rtx3061'; the nearest names: NVIDIA GeForce RTX 3060"),
         (["--device", "rtx2060"], "no Pallas path"),
         (["--device", "rtx3060", "--batch", "70000", "--seq", "70000"], "positions at a time"),
+        (["--device", "600"], "'600' has no unit"),
+        (["--device", "600MB"], "no plan is made for an amount of memory (600MB) yet"),
+        (["--device", "rtx3060", "--full", "--base", "int8"], "--base and --rank are of LoRA"),
+        (["--device", "rtx3060", "--full", "--rank", "4"], "--base and --rank are of LoRA"),
+        (["--device", "rtx3060", "--seq", "0"], "at least 2 positions"),
+        (["--device", "rtx3060", "--rank", "0"], "rank must be at least 1"),
+        (["--device", "rtx3060", "--batch", "0"], "batch must be at least 1"),
+        (["--device", "rtx3060", "--model", "lama-3.2-1b"], "the nearest: llama-3.2-1b"),
+        (["--device", "rtx3060", "--model", "/nowhere/m.gguf"], "neither an existing path"),
     ):
         assert program.main(["plan", *words]) == 2
         assert message in capsys.readouterr().err
@@ -149,6 +189,6 @@ def test_a_plan_by_the_real_compiler(compiler, capsys):
     said = capsys.readouterr()
     assert said.err == ""  # kept
     assert (
-        "Train it there with: edgejax finetune --model tiny --seq 64 --batch 1 --rank 8 --base int8 --remat none"
+        "Train it there with: edgejax finetune --model PATH --seq 64 --batch 1 --rank 8 --base int8 --remat none"
         in said.out
     )

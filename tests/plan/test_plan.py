@@ -5,13 +5,17 @@ import json
 
 import pytest
 
-from edgejax.core.errors import ConfigError
+from edgejax.core.errors import ConfigError, WeightsError
 from edgejax.measure.memory import XlaMemory
+from edgejax.models.shapes import find_shape
 from edgejax.plan import Candidate, Footprint, compile_footprint
 from edgejax.plan.candidate import abstract_model
 from edgejax.plan.search import candidates_for, find_options, make_plan
 from edgejax.plan.speed import flop_per_token, relative_speed
 from edgejax.plan.store import FootprintStore
+from edgejax.weights.packed_layout import Origin
+from edgejax.weights.packed_write import write_packed
+from edgejax.weights.random import RandomSource
 
 pytestmark = pytest.mark.quick
 MIB = 2**20
@@ -59,6 +63,7 @@ def plan(tmp_path):
         made = make_plan(
             model,
             candidates,
+            2048,
             find,
             device="a card",
             memory_bytes=budget + 10,
@@ -78,7 +83,9 @@ def test_the_fastest_that_fits_is_chosen(plan):
     assert (made.chosen.candidate.remat, made.chosen.candidate.boundaries) == ("mlp", "bf16")
     assert [option.candidate.remat for option in made.too_large()] == ["none"]
     made, _ = plan(budget=1000 + 64 * 190)
-    assert made.chosen.candidate.boundaries == "int8"  # as fast as the other, and smaller
+    assert made.chosen.candidate.boundaries == "f32"  # as fast as int8 and exact
+    made, _ = plan(budget=1000 + 64 * 190 - 1)
+    assert made.chosen.candidate.boundaries == "int8"
     speeds = [option.relative_speed for option in made.fitting()]
     assert speeds == sorted(speeds, reverse=True)
 
@@ -115,6 +122,7 @@ def test_a_plan_is_kept_and_a_damaged_one_is_made_again(plan, tmp_path):
         "[]",
         json.dumps(value | {"peak_bytes": 1}),
         json.dumps({"peak_bytes": value["peak_bytes"]}),
+        json.dumps(value | {"sources_bytes": []}),
     ):
         damaged.write_text(text)
         notes = []
@@ -180,11 +188,26 @@ def test_speed_falls_with_what_is_computed_again():
     speeds.insert(1, relative_speed(Candidate(remat="mlp", boundaries="bf16"), config))
     assert speeds[0] == 1
     assert speeds == sorted(speeds, reverse=True)
-    # 4N and 6N of the usual convention, and attention on top.
+    # 4N and 6N of the usual convention, a trained head's second logits and attention on top.
     n, short = config.n_params(), {"remat": "none", "seq": 2}
     assert flop_per_token(Candidate(**short), config) == pytest.approx(4 * n, rel=0.01)
     full = Candidate(mode="full", base="f32", **short)
-    assert flop_per_token(full, config) == pytest.approx(6 * n, rel=0.01)
+    head = 2 * config.vocab_size * config.d_model
+    assert flop_per_token(full, config) == pytest.approx(6 * n + head, rel=0.01)
+    # What full recomputation adds at short rows is twice the weights of all maps but the last.
+    added = flop_per_token(Candidate(seq=2), config) - flop_per_token(Candidate(**short), config)
+    shapes = config.linear_shapes()
+    weights = sum(o * i for name, (o, i) in shapes.items() if name != "down_proj")
+    assert added == pytest.approx(2 * config.n_layers * weights, rel=0.01)
+
+
+def test_sliding_layers_see_no_more_than_their_window():
+    config, _ = abstract_model("gemma-3-1b", "int4")
+    everywhere = dataclasses.replace(config, sliding_layers=(), sliding_window=None)
+    short, long = Candidate(seq=512), Candidate(seq=8192)
+    assert flop_per_token(short, config) == flop_per_token(short, everywhere)
+    saved = flop_per_token(long, everywhere) - flop_per_token(long, config)
+    assert saved == 2 * 9 * 22 * (4096 - 512) * 4 * 256
 
 
 @pytest.mark.parametrize(
@@ -204,7 +227,19 @@ def test_settings_that_cannot_be(options, message):
         Candidate(**options)
 
 
-def test_an_unknown_model_names_the_nearest():
+def test_a_packed_file_is_planned_as_it_is(tmp_path):
+    config = find_shape("tiny")
+    origin = Origin(name="tiny", format="random", sha256="", base="int8")
+    write_packed(tmp_path / "tiny.ejx", RandomSource(config, 0), origin=origin, base="int8")
+    found, params = abstract_model(str(tmp_path / "tiny.ejx"), "auto")
+    assert found == config
+    assert params["blocks"]["q_proj"]["kernel"].bits == 8
+
+
+def test_an_unknown_model_names_the_nearest(tmp_path):
+    with pytest.raises(WeightsError, match="neither an existing path nor a preset"):
+        abstract_model(str(tmp_path / "mistyped.gguf"), "int4")
+    assert abstract_model("smollm2-360m-bf16", "int4")[0] == find_shape("smollm2-360m")
     with pytest.raises(ConfigError, match=r"no shape named 'lama-3.2-1b'; the nearest: llama-3.2-1b"):
         abstract_model("lama-3.2-1b", "int4")
     with pytest.raises(ConfigError, match="base 'int3' is unknown"):

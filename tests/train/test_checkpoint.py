@@ -237,6 +237,18 @@ def test_checkpoint_of_another_run_is_refused_naming_both(tmp_path, what):
     assert checkpoints.steps() == [1]
 
 
+def test_a_checkpoint_whose_state_means_something_else_is_refused(tmp_path, monkeypatch):
+    checkpoints, _ = open_in(tmp_path)
+    monkeypatch.setattr(checkpoint_module, "FORMAT", "edgejax-checkpoint-1")
+    checkpoints.save(1, state(), data_position=1)
+    checkpoints.close()
+    monkeypatch.undo()
+    again, _ = open_in(tmp_path)
+    with pytest.raises(RunError, match=r"format edgejax-checkpoint-1.*reads edgejax-checkpoint-2.*new run"):
+        again.restore(zeros())
+    assert again.steps() == [1]
+
+
 def test_checkpoint_of_other_shapes_or_dtypes_is_refused(tmp_path):
     saved(tmp_path, steps=(1,))
     good = zeros()
