@@ -249,7 +249,8 @@ def _compile(
         return programs, model  # type: ignore[return-value]
     forget_traces()
     phases.append(phase_memory("compiling"))
-    loaded = model.load(on_host=lora is None and programs.mesh is None)
+    takes_over = lora is None and programs.mesh is None  # leaf by leaf, from the host's memory
+    loaded = model.load(on_host=True) if takes_over else model.load()
     release_freed_memory()
     if not programs.fit(loaded.params):  # scales that float16 cannot hold
         programs = compile_programs(loaded.config, loaded.params, settings, lora, train.seq_length)
