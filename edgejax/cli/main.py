@@ -3,8 +3,8 @@
 A command is a module ``edgejax.cli.<name>`` with ``add_arguments(parser)`` and ``run(args) -> int``. Only the module
 of the command that was asked for is imported, and it imports JAX inside ``run``, so that help is instant.
 
-Exit codes: 0 done; 2 wrong usage, bad input, or nothing that fits (plan); 3 the loss was not finite; 130 and 143 interrupted (what was trained
-is saved where the message says); 1 a fault of edgejax itself, with a traceback.
+Exit codes: 0 done; 2 wrong usage, bad input, or nothing that fits (plan); 3 the loss was not finite; 130 and 143
+interrupted (what was trained is saved where the message says); 1 a fault of edgejax itself, with a traceback.
 """
 
 import argparse

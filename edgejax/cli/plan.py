@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan, progress on standard error; returns 0, or 2 where nothing fits.
 
     Raises:
-      ConfigError, RunError: as ``plan.plan_for_card``; an unknown device.
+      ConfigError, WeightsError: as ``plan.plan_for_card``; an unknown device, or an amount of memory.
     """
     from edgejax.cli.options import check_step_size
     from edgejax.core.errors import ConfigError
@@ -78,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
             f"no plan is made for an amount of memory ({args.device}) yet; name a card, like rtx3060"
         )
     plan = plan_for_card(
-        find_device(args.device), args.model, mode=args.mode, base=args.base or "int4", rank=8 if args.rank is None else args.rank, seq=args.seq,
-        batch=args.batch, accumulate=args.accumulate, note=lambda text: print(text, file=sys.stderr, flush=True),
+        find_device(args.device), args.model, mode=args.mode, base=args.base or "int4",
+        rank=8 if args.rank is None else args.rank, seq=args.seq, batch=args.batch, accumulate=args.accumulate,
+        note=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     print(json.dumps(plan.to_json()) if args.json else as_text(plan))
     return 0 if plan.chosen is not None else 2

@@ -24,7 +24,6 @@ from edgejax.plan.footprint import compile_footprint
 
 # Triton's tiles are tuned on the card; where there is none, XLA takes usual ones, which a product may not be cut into.
 _WAYS: tuple[dict[str, Any] | None, ...] = (None, {"xla_gpu_enable_triton_gemm": False})
-_REMARK = "all matrix products by cuBLAS, for Triton's usual tiles do not fit one of them"
 
 
 def main() -> int:
@@ -45,7 +44,7 @@ def answer(model: str, text: str, place: Any, device: Any) -> dict[str, Any]:
             config, params = abstract_model(model, candidate.held_base)
             found = compile_footprint(
                 candidate, config, params, device=device, place=place, compiler_options=options,
-                remark=_REMARK if options else "",
+                remark=f"all matrix products by cuBLAS, for with Triton's: {why}" if options else "",
             )  # fmt: skip
         except EdgejaxError as error:
             return {"error": str(error)}
