@@ -14,6 +14,7 @@ pytestmark = pytest.mark.quick
 @pytest.fixture
 def reported(caplog, monkeypatch):
     """Makes one report of each kind and returns the texts that came through."""
+    _drop_filters()  # a test before this one may have left them: a failed save in the same process
     hooked: list[str] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: hooked.append(str(unraisable.exc_value)))
 
@@ -34,6 +35,10 @@ def reported(caplog, monkeypatch):
         return [*caplog.messages, *hooked]
 
     yield report
+    _drop_filters()
+
+
+def _drop_filters() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).removeFilter(_not_of_orbax)
 
