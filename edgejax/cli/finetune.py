@@ -21,6 +21,7 @@ from edgejax.cli.finetune_arguments import (
     add_arguments,
     check_options,
 )
+from edgejax.cli.memory_budget import choose_within
 from edgejax.core.errors import ConfigError, Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 # Of these a resumed run may have others than the run that is there; they are not written down.
 _NOT_RECORDED = {
-    "out", "resume", "overwrite", "json", "quiet", "coordinator", "processes", "process_index",
+    "out", "resume", "overwrite", "json", "quiet", "dry_run", "memory", "coordinator", "processes", "process_index",
 }  # fmt: skip
 
 
@@ -57,6 +58,8 @@ def _other_processes(given: dict[str, Any], again: str) -> contextlib.AbstractCo
 def _run(given: dict[str, Any], out: Path, again: str) -> int:
     options = argparse.Namespace(**merge_options(given, out))
     check_options(options)  # before anything is imported, loaded or fetched
+    if options.memory is not None:
+        options = choose_within(options, given)
     lora = lora_config(options)
     try:
         return _finetune(options, lora, out)
@@ -74,6 +77,7 @@ def _run(given: dict[str, Any], out: Path, again: str) -> int:
 def _finetune(options: argparse.Namespace, lora: "LoraConfig | None", out: Path) -> int:
     import jax
 
+    from edgejax.cli.dry_run import dry_run
     from edgejax.cli.session import need_tokenizer
     from edgejax.cli.summary import finish
     from edgejax.core.allocator import return_large_blocks_at_once
@@ -82,14 +86,16 @@ def _finetune(options: argparse.Namespace, lora: "LoraConfig | None", out: Path)
     from edgejax.train import SilentProgress, finetune
     from edgejax.weights import open_model
 
-    enable_compile_cache()
+    cache = enable_compile_cache()
     return_large_blocks_at_once()
     jax.devices()  # starts the back end, so that its memory is counted as the runtime's
     runtime_bytes = process_memory().rss_bytes
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    model = open_model(options.model, base=options.base)
     if options.schedule == "streamed":
         options.sample_tokens = 0  # a sample would need the whole model in memory
+    if options.dry_run:
+        return dry_run(options, lora, keeps_programs=cache is not None)
+    model = open_model(options.model, base=options.base)
     check_sample(options, need_tokenizer(model), model.config)
     rows = load_rows(options, need_tokenizer(model), model.config)
     settings = train_settings(options, rows.train)
@@ -210,12 +216,12 @@ def load_rows(options: argparse.Namespace, tokenizer: "Tokenizer", config: "Mode
     )
 
 
-def train_settings(options: argparse.Namespace, train: "PackedDataset") -> "TrainSettings":
-    """The settings of the run; epochs become steps, the last one rounded up."""
+def train_settings(options: argparse.Namespace, train: "PackedDataset | None") -> "TrainSettings":
+    """The settings of the run; epochs of the training rows become steps, the last one rounded up."""
     from edgejax.train import TrainSettings
 
     steps = DEFAULT_STEPS if options.steps is None else options.steps
-    if options.epochs is not None:
+    if options.epochs is not None and train is not None:
         steps = math.ceil(options.epochs * train.n_rows / (options.batch * options.accumulate))
     return TrainSettings(
         steps=steps,
@@ -236,6 +242,7 @@ def train_settings(options: argparse.Namespace, train: "PackedDataset") -> "Trai
         boundaries=options.boundaries,
         mlp_tile=options.mlp_tile,
         bfloat16=options.mode == "full" and options.base == "bf16",
+        small_code=options.small_code,
         seed=options.seed,
         eval_every=options.eval_every,
         eval_rows=options.eval_rows,

@@ -56,9 +56,12 @@ DEFAULTS: dict[str, Any] = {
     "coordinator": None,
     "processes": None,
     "process_index": None,
+    "small_code": False,
     "seed": 0,
     "out": None,
     "resume": False,
+    "dry_run": False,
+    "memory": None,
     "overwrite": False,
     "eval_every": None,
     "eval_rows": None,
@@ -146,11 +149,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--schedule", metavar="NAME", help=f"how a step is run: {', '.join(SCHEDULES)}")
     add("--spill-to", metavar="DIR", help="streamed: inputs of layers wait in a file there")
     add("--mesh", metavar="AXES", help="devices that share a step's rows and state, like data=4,shard=2")
+    add(
+        "--small-code", action="store_true",
+        help="let XLA compile for a CPU with half the memory; steps take some percent longer",
+    )  # fmt: skip
     add("--seed", type=int, help="of the adapters' start, the split and the order of rows")
 
     add = _adder(parser.add_argument_group("run"))
     add("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/<model>-<time>)")
     add("--resume", action="store_true", help="go on with the run in --out, with its own arguments")
+    add(
+        "--dry-run", action="store_true",
+        help="compile and keep all programs of the run, say what memory it will take, and stop",
+    )  # fmt: skip
+    add(
+        "--memory", metavar="AMOUNT",
+        help="choose what is not given (remat, boundaries, schedule, how the rows of a step are split) so that the process "
+        "stays below it, like 600MB or 1.2GB",
+    )  # fmt: skip
     add("--overwrite", action="store_true", help="replace the run in --out")
     add(
         "--eval-every",

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from edgejax.plan import Option, Plan
 
 EPILOG = """examples:
+  edgejax plan --model smollm2-135m --device 600MB
   edgejax plan --model smollm2-135m --device rtx3060
   edgejax plan --model llama-3.2-1b --device rtx4060 --seq 2048 --json
   edgejax plan --model qwen2.5-3b --device rtx3060 --full
 
-Steps are compiled for the card, without the card, and XLA's buffer assignment is read: nothing is guessed, and nothing
-is measured. Of a model that is not on this machine, its published shape is enough.
+For a card, steps are compiled without the card, and XLA's buffer assignment is read: nothing is guessed, and nothing is
+measured. For this machine, what the process takes around its programs is added, as it was measured. Of a model that is not
+on this machine, its published shape is enough.
 """
 
 
@@ -30,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a name that `edgejax models` lists, a shape, a file or a folder (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--device", required=True, metavar="NAME", help="an NVIDIA card: rtx3060, rtx4090, a100, ..."
+        "--device",
+        default="this",
+        metavar="NAME|AMOUNT",
+        help="this machine (this), an amount of its memory (600MB, 1.2GB), a phone (pixel7, ...), or an NVIDIA card that need "
+        "not be here (rtx3060, rtx4090, a100, ...; default: %(default)s)",
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--lora", dest="mode", action="store_const", const="lora", help="adapters (default)")
@@ -60,11 +66,12 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan, progress on standard error; returns 0, or 2 where nothing fits.
 
     Raises:
-      ConfigError, WeightsError: as ``plan.plan_for_card``; an unknown device, or an amount of memory.
+      ConfigError, WeightsError: as ``plan.plan_for_card`` and ``host_plan.plan_for_host``; an unknown device.
     """
+    from edgejax.cli.host_plan import find_place, plan_for_host
     from edgejax.cli.options import check_step_size
     from edgejax.core.errors import ConfigError
-    from edgejax.devices import find_device, is_budget, parse_budget
+    from edgejax.devices import find_device, is_budget
     from edgejax.plan import plan_for_card
 
     check_step_size(args.batch, args.seq)
@@ -72,22 +79,33 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "--base and --rank are of LoRA; with --full the plan compares how weights can be held"
         )
-    if is_budget(args.device):
-        parse_budget(args.device)
-        raise ConfigError(
-            f"no plan is made for an amount of memory ({args.device}) yet; name a card, like rtx3060"
-        )
-    plan = plan_for_card(
-        find_device(args.device), args.model, mode=args.mode, base=args.base or "int4",
-        rank=8 if args.rank is None else args.rank, seq=args.seq, batch=args.batch, accumulate=args.accumulate,
-        note=lambda text: print(text, file=sys.stderr, flush=True),
-    )  # fmt: skip
-    print(json.dumps(plan.to_json()) if args.json else as_text(plan))
+    place = find_place(args.device)
+    if place is None:
+        plan = plan_for_card(
+            find_device(args.device), args.model, mode=args.mode, base=args.base or "int4",
+            rank=8 if args.rank is None else args.rank, seq=args.seq, batch=args.batch, accumulate=args.accumulate,
+            note=_note,
+        )  # fmt: skip
+    else:
+        plan = plan_for_host(args, place, _note)
+    amount = None
+    if place is not None:
+        amount = shlex.quote(args.device) if is_budget(args.device) else f"{place.memory_bytes // 10**6}MB"
+    print(json.dumps(plan.to_json()) if args.json else as_text(plan, amount))
     return 0 if plan.chosen is not None else 2
 
 
-def as_text(plan: "Plan") -> str:
-    """A table of the settings, the chosen one first, and what longer rows would take."""
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def as_text(plan: "Plan", amount: str | None = None) -> str:
+    """A table of the settings, the chosen one first, and what longer rows would take.
+
+    Args:
+      plan: to show.
+      amount: of memory, that ``edgejax finetune --memory`` would be given.
+    """
     from edgejax.core.units import format_bytes
     from edgejax.weights.presets import PRESETS
 
@@ -112,6 +130,8 @@ def as_text(plan: "Plan") -> str:
         known = plan.model in PRESETS or os.path.exists(plan.model)
         name = shlex.quote(plan.model) if known else "PATH"  # of a shape, wherever its weights are
         command = f"edgejax finetune --model {name} {size} {chosen.candidate.describe()}"
+        if amount is not None:
+            command += f" --memory {amount}"
         lines += ["", f"Train it there with: {command}"]
     if plan.longer is not None:
         lines.append(_longer(plan.longer))

@@ -82,7 +82,7 @@ def make_sample(
     if options.sample_tokens == 0:
         return None
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
     from edgejax.models import generate
     from edgejax.train.held import as_patterns
@@ -102,7 +102,7 @@ def make_sample(
         after = text(base, {})
     else:  # adapters of zeros leave the base as it is, to the bit, and need no further program
         assert isinstance(model, LoadedModel)  # adapters are trained beside a base with its weights
-        before = text(model, jax.tree.map(jnp.zeros_like, result.adapters))
+        before = text(model, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), result.adapters))
         after = text(model, result.adapters)
     return Sample(prompt=options.prompt, before=before, after=after)
 

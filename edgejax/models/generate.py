@@ -192,6 +192,26 @@ def token_steps(
         yield int(state.token[0])
 
 
+def compile_generation(
+    decoder: Decoder, params: PyTree, adapters: PyTree, n_prompt: int, max_tokens: int
+) -> None:
+    """Compile what ``generate`` runs for the likeliest tokens, to have it in the compile cache.
+
+    Args:
+      decoder: with the adapters' configuration, where there are any.
+      params: shapes and dtypes of its parameters.
+      adapters: of its adapters; ``{}``: none.
+      n_prompt: tokens of the prompt.
+      max_tokens: new ones.
+    """
+    padded = jax.ShapeDtypeStruct((1, bucket(n_prompt)), np.int32)
+    capacity = max(bucket(n_prompt + max_tokens), padded.shape[1])
+    length, sampling = jax.ShapeDtypeStruct((), np.int32), make_sampling(0.0, 1.0, 0)
+    start = _start.lower(decoder, capacity, params, adapters, padded, length, jax.random.key(0), sampling)
+    start.compile()
+    _advance.lower(decoder, start.out_info, params, adapters, sampling).compile()
+
+
 class _State(NamedTuple):
     cache: KVCache
     token: Int[Array, " B"]  # made, not yet read

@@ -39,6 +39,7 @@ class Candidate:
     optimizer: str = "adamw"
     remat: str = "full"
     boundaries: str = "f32"
+    small_code: bool = False  # of this machine's CPU (core.small_code)
 
     def __post_init__(self):
         for name in ("rank", "batch", "accumulate"):
@@ -48,10 +49,6 @@ class Candidate:
             raise ConfigError(f"a row needs at least 2 positions, not {self.seq}")
         if self.mode == "full" and self.base not in ("bf16", "f32"):
             raise ConfigError(f"full-parameter training holds weights in bf16 or f32, not in {self.base}")
-        if self.schedule == "streamed":
-            raise ConfigError(
-                "the streamed schedule maps its weights from a file; its memory cannot be planned yet"
-            )
         self.recipe()
 
     def recipe(self) -> StepRecipe:
@@ -91,13 +88,23 @@ class Candidate:
         """
         said = {"base": self.base}
         if self.mode == "full":
-            said = {"mode": "full"} | said | {"schedule": self.schedule, "optimizer": self.optimizer}
+            said = {"mode": "full"} | said | {"optimizer": self.optimizer}
+        if self.schedule != "whole":
+            said |= {"schedule": self.schedule}
         said |= {"remat": self.remat}
         if self.boundaries != "f32":
             said |= {"boundaries": self.boundaries}
         if self.accumulate > 1:
             said |= {"accumulate": str(self.accumulate)}
-        return " ".join(f"--{name} {value}" for name, value in said.items())
+        words = [f"--{name} {value}" for name, value in said.items()]
+        return " ".join([*words, *(["--small-code"] if self.small_code else [])])
+
+
+def is_here(name: str) -> bool:
+    """Whether a model's name stands for files of this machine (or for a path, though there may be nothing)."""
+    looks_like_a_path = "/" in name or name.endswith((".gguf", ".ejx", ".safetensors"))
+    is_cached = name in PRESETS and PRESETS[name].is_cached()
+    return looks_like_a_path or is_cached or Path(name).expanduser().exists()
 
 
 @functools.cache
@@ -111,12 +118,7 @@ def abstract_model(name: str, base: str) -> tuple[ModelConfig, PyTree]:
     Raises:
       ConfigError, WeightsError: no such model; names the nearest.
     """
-    looks_like_a_path = "/" in name or name.endswith((".gguf", ".ejx", ".safetensors"))
-    if (
-        looks_like_a_path
-        or Path(name).expanduser().exists()
-        or (name in PRESETS and PRESETS[name].is_cached())
-    ):
+    if is_here(name):
         opened = open_model(name, base=check_base(base), need_tokenizer=False)
         return opened.config, opened.abstract_params()
     config = find_shape(name.removesuffix("-bf16"))  # a preset may say how its file holds the weights

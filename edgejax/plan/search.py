@@ -98,7 +98,7 @@ class Plan:
 
     def floor_bytes(self) -> int:
         """The trees of the smallest option: below it nothing can be trained at all."""
-        return min(option.footprint.xla.argument_bytes for option in self.options)
+        return min(option.footprint.floor_bytes for option in self.options)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -161,17 +161,30 @@ def make_plan(
     plan = Plan(options=options, failed=failed, **about)
     if plan.chosen is None:
         return plan
-    from_chosen = [o.candidate for o in plan.fitting()]
     longer: tuple[Option, ...] = ()
     failed = {}
-    for candidate in from_chosen if 2 * from_chosen[0].seq <= max_position else ():
-        more, why = find([dataclasses.replace(candidate, seq=2 * candidate.seq)])
+    for option in _may_be_longer(plan) if 2 * plan.chosen.candidate.seq <= max_position else ():
+        more, why = find([dataclasses.replace(option.candidate, seq=2 * option.candidate.seq)])
         longer, failed = longer + more, failed | why
         if more and more[0].footprint.peak_bytes <= plan.budget_bytes:
             break
     if not longer:
         return plan
     return dataclasses.replace(plan, longer=Plan(options=longer, failed=failed, **about))
+
+
+def _may_be_longer(plan: Plan) -> list[Option]:
+    """Of what fits, what may fit with rows twice as long, the fastest first; at least the smallest."""
+    fitting = plan.fitting()
+
+    def least_bytes(option: Option) -> int:
+        found = option.footprint
+        if option.candidate.mode == "full":  # gradients may be most of a step's memory
+            return found.running_bytes
+        return found.running_bytes + found.xla.temp_bytes // 2  # at least half of it is of positions
+
+    hopeful = [option for option in fitting if least_bytes(option) <= plan.budget_bytes]
+    return hopeful or [min(fitting, key=lambda option: option.footprint.peak_bytes)]
 
 
 def find_options(

@@ -277,6 +277,12 @@ def nonfinite_leaves(tree: PyTree) -> list[str]:
     return [name for name, good in zip(floats, finite, strict=True) if not good]
 
 
+def compile_checks(tree: PyTree) -> None:
+    """Compile what looks for NaN in a state before it is saved, for its shapes, to have it in the compile cache."""
+    floats = [leaf for leaf in tree_paths(tree).values() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    _all_finite.lower(floats).compile()
+
+
 @jax.jit
 def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.isfinite(leaf).all() for leaf in leaves]

@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 
 from edgejax.core.allocator import release_freed_memory
 from edgejax.core.arrays import PyTree
+from edgejax.core.errors import ConfigError
+from edgejax.core.small_code import small_code
 from edgejax.data import Batch
 from edgejax.models import LoraConfig, ModelConfig
 from edgejax.train.learning_rate import make_schedule
@@ -99,13 +101,21 @@ def compile_programs(
     step: Any = make_step(recipe, config, lora, mesh)
     evaluate: Any = make_evaluation(recipe, config, lora, mesh)
     rows = (settings.batch_size, seq_length)
+    options = [_small_code()] if settings.small_code and not streamed else []
     compiled = (
-        step.lower(state, frozen, abstract_batch(settings.accumulate, *rows)).compile(),
-        evaluate.lower(state.trainable, frozen, abstract_batch(*rows)).compile(),
+        step.lower(state, frozen, abstract_batch(settings.accumulate, *rows)).compile(*options),
+        evaluate.lower(state.trainable, frozen, abstract_batch(*rows)).compile(*options),
     )
     release_freed_memory()
     trained = functools.partial(trained_leaves, recipe, config, lora, mesh)
     return Programs(mode, recipe, mesh, schedule, start, *compiled, trained, shapes)
+
+
+def _small_code() -> dict[str, bool]:
+    options = small_code()
+    if not options:
+        raise ConfigError("small code is an option of XLA for CPUs, and this back end has none; leave it out")
+    return options
 
 
 def abstract(tree: PyTree) -> PyTree:

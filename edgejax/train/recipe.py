@@ -194,28 +194,58 @@ def start_run(
     if mesh is not None:
         start = functools.partial(start_run, recipe, config, lora=lora)
         return start_over_mesh(start, recipe.mode, params, mesh)
-    optimizer = recipe.make_optimizer()
-
-    def begin(trainable: PyTree) -> TrainState:
-        if recipe.schedule != "whole":
-            return TrainState(jnp.zeros((), jnp.int32), trainable, init_layerwise(trainable, optimizer))
-        return init_state(trainable, optimizer)
-
     if lora is not None:
-
-        def from_adapters(key: Array) -> TrainState:
-            adapters = init_lora(config, lora, key)
-            if recipe.schedule == "streamed":
-                return init_streamed(adapters, config, lora, optimizer)
-            return begin(adapters)
-
-        return params, jax.jit(from_adapters)(jax.random.key(recipe.seed))
-    from_params = lambda params: begin(hold_weights(params, bfloat16=recipe.bfloat16))  # noqa: E731
+        return params, _from_adapters(recipe, config, lora)(jax.random.key(recipe.seed))
     if give_away:
         trainable = take_weights(params, bfloat16=recipe.bfloat16)
-        rest = jax.jit(lambda trainable: begin(trainable)._replace(trainable=None))(trainable)
-        return {}, rest._replace(trainable=trainable)
+        return {}, _before_training(recipe)(trainable)._replace(trainable=trainable)
+
+    def from_params(params: PyTree) -> TrainState:
+        return _begin(recipe, hold_weights(params, bfloat16=recipe.bfloat16))
+
     return {}, jax.jit(from_params)(params)
+
+
+def compile_start(recipe: StepRecipe, config: ModelConfig, params: PyTree, lora: LoraConfig | None) -> None:
+    """Compile what ``start_run`` runs (with ``give_away`` where all parameters train), to have it in the compile cache.
+
+    Args:
+      recipe, config, lora: as there.
+      params: shapes of the parameters.
+    """
+    if lora is not None:
+        _from_adapters(recipe, config, lora).lower(jax.random.key(recipe.seed)).compile()
+        return
+    trainable = jax.eval_shape(lambda params: hold_weights(params, bfloat16=recipe.bfloat16), params)
+    _before_training(recipe).lower(trainable).compile()
+
+
+def _begin(recipe: StepRecipe, trainable: PyTree) -> TrainState:
+    optimizer = recipe.make_optimizer()
+    if recipe.schedule != "whole":
+        return TrainState(jnp.zeros((), jnp.int32), trainable, init_layerwise(trainable, optimizer))
+    return init_state(trainable, optimizer)
+
+
+def _from_adapters(recipe: StepRecipe, config: ModelConfig, lora: LoraConfig) -> Any:
+    """The program that makes adapters and their optimizer's state from a key."""
+
+    def from_adapters(key: Array) -> TrainState:
+        adapters = init_lora(config, lora, key)
+        if recipe.schedule == "streamed":
+            return init_streamed(adapters, config, lora, recipe.make_optimizer())
+        return _begin(recipe, adapters)
+
+    return jax.jit(from_adapters)
+
+
+def _before_training(recipe: StepRecipe) -> Any:
+    """The program that makes all of a state but the weights, which are there."""
+
+    def before_training(trainable: PyTree) -> TrainState:
+        return _begin(recipe, trainable)._replace(trainable=None)
+
+    return jax.jit(before_training)
 
 
 def trained_leaves(

@@ -65,6 +65,9 @@ class TrainSettings:
     bfloat16: bool = (
         False  # train matrices in bfloat16 with stochastic rounding; full-parameter training only
     )
+    small_code: bool = (
+        False  # compile with XLA's older emitter for CPUs (core.small_code); streamed always does
+    )
     seed: int = 0  # of the adapters' start and the order of rows
     log_every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int | None = None  # steps between held-out evaluations; None: before and after only

@@ -111,9 +111,9 @@ class OverMesh:
         *split, batch = args
         return self.function(*split, shard_batch(batch, self.mesh))
 
-    def compile(self) -> "OverMesh":
+    def compile(self, *options: Any) -> "OverMesh":
         """After ``lower``."""
-        return OverMesh(self.function.compile(), self.mesh)
+        return OverMesh(self.function.compile(*options), self.mesh)
 
     def memory_analysis(self) -> Any:
         """XLA's, of one device."""

@@ -170,11 +170,14 @@ def make_streamed_eval(decoder: Decoder) -> "StreamedEval":
 
 
 class StreamedEval:
-    """What ``make_streamed_eval`` gives; compiled by its first call."""
+    """What ``make_streamed_eval`` gives; ``lower`` and ``compile`` as in ``StreamedStep``."""
 
     def __init__(self, decoder: Decoder):
         self._programs = _Programs(Passes(decoder, "lora", "f32", _flat(decoder)), None)
-        self._loss = jax.jit(lambda tables, h, batch: decoder.head_loss(tables, h[0], batch, frozen=True))
+        self._loss: Any = jax.jit(
+            lambda tables, h, batch: decoder.head_loss(tables, h[0], batch, frozen=True)
+        )
+        self._shapes: Any = None
 
     def __call__(self, adapters: PyTree, source: LayerSource, batch: Batch) -> tuple[jax.Array, jax.Array]:
         source.check_unchanged()
@@ -187,12 +190,18 @@ class StreamedEval:
             source.release(name)
         return found
 
-    def lower(self, *shapes: Any) -> "StreamedEval":
-        """As of a jitted function; the first call compiles."""
+    def lower(self, adapters: PyTree, source: LayerSource, batch: Batch) -> "StreamedEval":
+        """Take the shapes of arguments."""
+        self._shapes = (adapters, source, batch)
         return self
 
     def compile(self) -> "StreamedEval":
-        """As of a jitted function; the first call compiles."""
+        """Compile for them."""
+        adapters, source, batch = self._shapes
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), batch)
+        (h, _), _ = self._programs.compile_forward(adapters["blocks"], source, one)
+        self._loss = self._loss.lower(_shapes(source.tables()), h, batch).compile()
+        forget_traces()
         return self
 
 
@@ -256,22 +265,29 @@ class _Programs:
 
     def compile(self, state: TrainState, source: LayerSource, batch: Batch) -> None:
         """Compile all of them for a step's shapes."""
-        block, tables = _shapes(source.layer(0)), _shapes(source.tables())
-        adapters, batch = state.trainable["blocks"], _shapes(batch)
+        block, tables, batch = _shapes(source.layer(0)), _shapes(source.tables()), _shapes(batch)
+        adapters = state.trainable["blocks"]
         number, factor = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32)
-        carry = jax.eval_shape(self.embed, tables, batch)
-        (h, reference), stored = jax.eval_shape(self.forward, block, adapters, carry, batch, number)
+        (h, reference), stored = self.compile_forward(adapters, source, batch)
         dh = jax.eval_shape(self.head, tables, h, batch)[0].dh
         stacks, passed_on = (adapters, state.opt_state.blocks), (dh, reference, factor)
-        arguments = {
-            "embed": (tables, batch),
-            "forward": (block, adapters, carry, batch, number),
-            "head": (tables, h, batch),
-            "backward": (stacks, passed_on, stored, block, batch, number, factor),
-        }
-        for name, shapes in arguments.items():
-            setattr(self, name, getattr(self, name).lower(*shapes).compile())
-            forget_traces()  # before the next one: what is freed at once leaves no holes in the heap
+        self._compile("head", tables, h, batch)
+        self._compile("factor", factor)
+        self._compile("backward", stacks, passed_on, stored, block, batch, number, factor)
+
+    def compile_forward(self, adapters: PyTree, source: LayerSource, batch: Batch) -> tuple[PyTree, PyTree]:
+        """Compile those of the forward pass; the shapes of what a layer passes on and of what it stores."""
+        block, tables, batch = _shapes(source.layer(0)), _shapes(source.tables()), _shapes(batch)
+        carry = jax.eval_shape(self.embed, tables, batch)
+        arguments = (block, adapters, carry, batch, jax.ShapeDtypeStruct((), np.int32))
+        found = jax.eval_shape(self.forward, *arguments)
+        self._compile("embed", tables, batch)
+        self._compile("forward", *arguments)
+        return found
+
+    def _compile(self, name: str, *shapes: Any) -> None:
+        setattr(self, name, getattr(self, name).lower(*shapes).compile())
+        forget_traces()  # before the next one: what is freed at once leaves no holes in the heap
 
     def memory_analysis(self) -> ProgramBytes:
         """Of the compiled ones."""

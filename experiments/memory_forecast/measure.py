@@ -1,9 +1,11 @@
-"""What `edgejax finetune` takes at its most, beside XLA's buffer assignment of its step, for many settings.
+"""Is the forecast of a run's memory true? Many settings, each forecast and then run in a fresh process.
 
-    python experiments/memory_forecast/measure.py            about 40 minutes; goes on where it was stopped
+    python experiments/memory_forecast/measure.py            about 30 minutes; goes on where it was stopped
 
-Each setting is run twice in fresh processes, the first time from an empty compile cache. A line of ``runs.jsonl`` in the work
-folder holds both: the peaks of the whole process (``ru_maxrss``, Linux' VmHWM), and those of its phases.
+For each setting ``edgejax finetune --dry-run`` forecasts, from an empty compile cache, and ``edgejax finetune`` then runs with
+the programs that it kept: its peak is ``ru_maxrss`` (Linux' VmHWM). With ``--limit`` the run is in a control group that has the
+forecast and 3% more, where the kernel ends a process that exceeds it. Rows go to ``runs.jsonl`` in the work folder;
+``analyse.py`` makes a result of them.
 """
 
 import argparse
@@ -16,28 +18,37 @@ import time
 from pathlib import Path
 from typing import Any
 
+from control_group import control_group
+
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, SAMPLE_TOKENS, EVAL_ROWS = "3", "8", "2"
+COMMON = ("--steps", "3", "--eval-rows", "2", "--sample-tokens", "8")
+MARGIN = 1.03
 
 LORA = {"base": "int4"}
+STREAMED = {"base": "int4", "schedule": "streamed"}
 FULL = {"mode": "full", "base": "bf16", "schedule": "layerwise", "optimizer": "adamw4bit"}
 SETTINGS: list[dict[str, Any]] = [
     {"model": "smollm2-135m", "seq": seq, **LORA, **kept}
-    for seq in (128, 256, 512, 1024)
+    for seq in (128, 512, 1024)
     for kept in ({"remat": "none"}, {"remat": "full"}, {"remat": "mlp", "boundaries": "bf16"})
 ] + [
     {"model": "smollm2-135m", "seq": 512, **LORA, "remat": "full", "boundaries": "int8"},
+    {"model": "smollm2-135m", "seq": 512, **LORA, "remat": "full", "small-code": True},
+    {"model": "smollm2-135m", "seq": 256, **LORA, "remat": "none", "small-code": True},
     {"model": "smollm2-135m", "seq": 256, **LORA, "remat": "full", "batch": 4},
     {"model": "smollm2-135m", "seq": 256, **LORA, "remat": "full", "batch": 2, "accumulate": 2},
     {"model": "smollm2-135m", "seq": 2048, **LORA, "remat": "full", "boundaries": "bf16"},
     {"model": "smollm2-135m", "seq": 512, "base": "int8", "remat": "full"},
     {"model": "smollm2-135m", "seq": 512, "base": "f32", "remat": "full"},
+    {"model": "smollm2-135m", "seq": 512, **STREAMED, "boundaries": "int8"},
+    {"model": "smollm2-135m", "seq": 256, **STREAMED},
     {"model": "smollm2-135m", "seq": 256, **FULL},
     {"model": "smollm2-135m", "seq": 512, **FULL, "optimizer": "adamw8bit"},
     {"model": "smollm2-135m", "seq": 256, "mode": "full", "base": "f32", "remat": "full"},
     {"model": "smollm2-360m", "seq": 256, **LORA, "remat": "full"},
     {"model": "smollm2-360m", "seq": 512, **LORA, "remat": "mlp", "boundaries": "bf16"},
     {"model": "smollm2-360m", "seq": 128, **LORA, "remat": "none"},
+    {"model": "smollm2-360m", "seq": 256, **STREAMED, "boundaries": "bf16"},
     {"model": "smollm2-360m", "seq": 256, **FULL},
     {"model": "qwen2.5-0.5b", "seq": 256, **LORA, "remat": "full"},
     {"model": "qwen2.5-0.5b", "seq": 512, **LORA, "remat": "full", "boundaries": "bf16"},
@@ -64,51 +75,76 @@ def model_path(name: str, work: Path) -> str:
     return str(folder)
 
 
-def run(setting: dict[str, Any], work: Path) -> dict[str, Any]:
-    """One fresh process: the peak of all of it, and what it says of its phases."""
-    out = work / "run"
-    shutil.rmtree(out, ignore_errors=True)
-    options = {"model": model_path(setting["model"], work)} | {
-        k: v for k, v in setting.items() if k != "model"
-    }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [
-        sys.executable, "-m", "edgejax", "finetune", *words, "--steps", STEPS, "--eval-rows", EVAL_ROWS,
-        "--sample-tokens", SAMPLE_TOKENS, "--out", str(out), "--quiet",
-    ]  # fmt: skip
-    started = time.perf_counter()
+def words_of(setting: dict[str, Any], work: Path) -> list[str]:
+    """Arguments of ``edgejax finetune``; a streamed model is packed first."""
+    options = setting | {"model": model_path(setting["model"], work)}
+    if setting.get("schedule") == "streamed":
+        packed = work / "models" / f"{setting['model']}-{options.pop('base')}.ejx"
+        if not packed.exists():
+            packed.parent.mkdir(parents=True, exist_ok=True)
+            words = ["--model", options["model"], "--base", setting["base"], "--out", str(packed)]
+            subprocess.run(
+                [sys.executable, "-m", "edgejax", "pack", *words], check=True, stdout=subprocess.DEVNULL
+            )
+        options["model"] = str(packed)
+    words = [
+        w for name, v in options.items() for w in ((f"--{name}",) if v is True else (f"--{name}", str(v)))
+    ]
+    return [sys.executable, "-m", "edgejax", "finetune", *words, *COMMON]
+
+
+def measure(setting: dict[str, Any], work: Path, *, limited: bool) -> dict[str, Any]:
+    """A row: the forecast, and the run's peak and phases."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(work / "cache")}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} ended with {status}")
-    result = json.loads((out / "result.json").read_text())
-    return {
+    shutil.rmtree(work / "cache", ignore_errors=True)
+    shutil.rmtree(work / "run", ignore_errors=True)
+    command = words_of(setting, work)
+    forecast = subprocess.run(
+        [*command, "--dry-run", "--json", "--quiet"], env=environment, check=True, stdout=subprocess.PIPE
+    )
+    footprint = json.loads(forecast.stdout)["footprint"]
+    limit = round(MARGIN * footprint["running_bytes"]) if limited else None
+    started = time.perf_counter()
+    with control_group(limit) as enter:
+        process = subprocess.Popen(
+            [*command, "--out", str(work / "run"), "--quiet"], env=environment, preexec_fn=enter, stdout=subprocess.DEVNULL
+        )  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+    row = {
+        "setting": setting,
+        "forecast": footprint,
         "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "limit_bytes": limit,
+        "exit_status": os.waitstatus_to_exitcode(status),
         "seconds": time.perf_counter() - started,
-        "memory": result["memory"],
-        "receipt": result["receipt"],
     }
+    if row["exit_status"] == 0:
+        row |= {"memory": json.loads((work / "run" / "result.json").read_text())["memory"]}
+    return row
 
 
 def main() -> None:
     """All settings that are not in the work folder yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "memory_forecast")
-    work = parser.parse_args().work
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / "runs.jsonl"
+    parser.add_argument(
+        "--limit", action="store_true", help="run each in a control group of the forecast and 3% more"
+    )
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    path = args.work / "runs.jsonl"
     done = [json.loads(line)["setting"] for line in path.read_text().splitlines()] if path.exists() else []
     for setting in SETTINGS:
         if setting in done:
             continue
-        shutil.rmtree(work / "cache", ignore_errors=True)
-        model_path(setting["model"], work)
-        row = {"setting": setting, "cold": run(setting, work), "warm": run(setting, work)}
+        row = measure(setting, args.work, limited=args.limit)
         with path.open("a") as handle:
             handle.write(json.dumps(row) + "\n")
-        peaks = [f"{name} {row[name]['peak_rss_bytes'] / 1e6:.0f} MB" for name in ("cold", "warm")]
-        print(f"{setting}: {', '.join(peaks)}", flush=True)
+        forecast, peak = row["forecast"]["running_bytes"], row["peak_rss_bytes"]
+        print(
+            f"{setting}: forecast {forecast / 1e6:.0f} MB, was {peak / 1e6:.0f} ({100 * (peak / forecast - 1):+.1f}%), "
+            f"exit {row['exit_status']}", flush=True,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

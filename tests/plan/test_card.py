@@ -89,7 +89,7 @@ for number, text in enumerate(request["candidates"]):
     n = candidate["seq"]
     xla = {"argument_bytes": n, "output_bytes": 0, "alias_bytes": 0, "temp_bytes": 0, "generated_code_bytes": 0}
     print(json.dumps({"footprint": {
-        "peak_bytes": n, "sources_bytes": {"trees": n}, "xla": xla, "bytes_per_parameter": 1, "remark": ""
+        "peak_bytes": n, "sources_bytes": {"trees": n}, "floor_bytes": n, "compiling_bytes": 0, "xla": xla, "bytes_per_parameter": 1, "remark": ""
     }}), flush=True)
 """
 
@@ -127,7 +127,7 @@ def test_a_product_that_triton_cannot_tile_is_left_to_cublas(monkeypatch):
         if compiler_options is None or len(asked) > 2:
             raise RuntimeError(f"INTERNAL: way {len(asked)}\nmore")
         xla = XlaMemory(argument_bytes=1, output_bytes=0, alias_bytes=0, temp_bytes=0, generated_code_bytes=0)
-        return Footprint(sources={"trees": 1}, xla=xla, bytes_per_parameter=1.0, remark=remark)
+        return Footprint(sources={"trees": 1}, floor_bytes=1, xla=xla, bytes_per_parameter=1.0, remark=remark)
 
     monkeypatch.setattr(card_process, "compile_footprint", compile_footprint)
     text = Candidate(seq=32).to_json()
@@ -149,7 +149,10 @@ def test_the_command_refuses_before_anything_is_compiled(capsys, monkeypatch):
         (["--device", "rtx2060"], "no Pallas path"),
         (["--device", "rtx3060", "--batch", "70000", "--seq", "70000"], "positions at a time"),
         (["--device", "600"], "'600' has no unit"),
-        (["--device", "600MB"], "no plan is made for an amount of memory (600MB) yet"),
+        (["--device", "Snapdragon 778G"], "is a chip"),
+        (["--device", "600MB", "--full", "--base", "f32"], "--base and --rank are of LoRA"),
+        (["--device", "600MB", "--seq", "10000"], "10000 positions are beyond the context"),
+        (["--device", "600MB", "--model", "lama-3.2-1b"], "the nearest: llama-3.2-1b"),
         (["--device", "rtx3060", "--full", "--base", "int8"], "--base and --rank are of LoRA"),
         (["--device", "rtx3060", "--full", "--rank", "4"], "--base and --rank are of LoRA"),
         (["--device", "rtx3060", "--seq", "0"], "at least 2 positions"),

@@ -1,0 +1,140 @@
+"""``edgejax finetune --dry-run``: everything a run compiles, compiled and kept, and what the run will take.
+
+No weight is read, and nothing is written but the compile cache. A run with the same arguments then finds its programs
+there and never has the memory that compiling takes. ``--model shape:NAME`` is of a model whose files are not here.
+"""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from edgejax.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgejax.data import Tokenizer
+    from edgejax.models import LoraConfig, ModelConfig
+    from edgejax.train import TrainSettings
+
+
+SHAPE = "shape:"
+
+
+class Subject(NamedTuple):
+    """What a dry run is of.
+
+    Attributes:
+      config: the decoder's.
+      params: shapes and dtypes of its parameters; None where ``source`` is a packed file.
+      tokenizer: None: of a model that is not on this machine.
+      source: the layers of a streamed run; None: not streamed.
+    """
+
+    config: "ModelConfig"
+    params: Any
+    tokenizer: "Tokenizer | None"
+    source: Any
+
+
+def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_programs: bool) -> int:
+    """Compiles a run's programs and prints its footprint; returns 0.
+
+    Args:
+      options: of the command.
+      lora: the adapters; None: all parameters train.
+      keeps_programs: whether there is a compile cache.
+
+    Raises:
+      ConfigError, DataError, WeightsError: as the run would.
+    """
+    from edgejax.cli.finetune import check_sample, load_rows, train_settings
+    from edgejax.core.cache import forget_traces
+    from edgejax.measure.memory import process_memory
+    from edgejax.plan.process import process_footprint
+    from edgejax.train.programs import compile_programs
+
+    subject = _open(options)
+    if subject.tokenizer is None:
+        if options.epochs is not None:
+            raise ConfigError("--epochs counts rows, and rows need the model's tokenizer; give --steps")
+        settings = train_settings(options, None)
+    else:
+        check_sample(options, subject.tokenizer, subject.config)
+        rows = load_rows(options, subject.tokenizer, subject.config)
+        settings = train_settings(options, rows.train)
+    opened = process_memory().rss_bytes or process_memory().peak_rss_bytes
+    params = subject.source or subject.params
+    programs = compile_programs(subject.config, params, settings, lora, options.seq)
+    forget_traces()
+    _compile_rest(options, subject, programs, settings, lora)
+    footprint = process_footprint(
+        programs, subject.config, settings, lora, options.seq,
+        opened_bytes=opened, compiling_bytes=process_memory().peak_rss_bytes, source=subject.source,
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps({"footprint": footprint.to_json(), "keeps_programs": keeps_programs}))
+    elif not options.quiet:
+        print(as_text(options, footprint))
+    return 0
+
+
+def as_text(options: argparse.Namespace, footprint: Any) -> str:
+    """What a person reads."""
+    from edgejax.core.units import format_bytes
+
+    lines = [
+        f"{options.model} would take {format_bytes(footprint.running_bytes)} at its most, of which",
+        *(f"  {name:<22}{format_bytes(size):>10}" for name, size in footprint.sources.items()),
+        f"compiling its programs took {format_bytes(footprint.compiling_bytes)}; they are kept, and a run with the same "
+        "arguments finds them",
+    ]
+    return "\n".join(lines)
+
+
+def _open(options: argparse.Namespace) -> Subject:
+    from edgejax.cli.session import need_tokenizer
+    from edgejax.models.shapes import find_shape
+    from edgejax.plan.process import LayerShapes
+    from edgejax.weights import open_model
+    from edgejax.weights.leaves import check_base
+    from edgejax.weights.load import abstract_params
+    from edgejax.weights.random import RandomSource
+
+    streamed = options.schedule == "streamed"
+    if options.model.startswith(SHAPE):
+        config = find_shape(options.model.removeprefix(SHAPE).removesuffix("-bf16"))
+        params = abstract_params(RandomSource(config, 0), check_base(options.base))
+        return Subject(config, params, None, LayerShapes(params) if streamed else None)
+    opened = open_model(options.model, base=options.base)
+    tokenizer = need_tokenizer(opened)
+    if streamed and hasattr(opened.reader, "layer"):  # a packed file
+        return Subject(opened.config, None, tokenizer, opened.reader)
+    params = opened.abstract_params()
+    return Subject(opened.config, params, tokenizer, LayerShapes(params) if streamed else None)
+
+
+def _compile_rest(
+    options: argparse.Namespace,
+    subject: Subject,
+    programs: Any,
+    settings: "TrainSettings",
+    lora: "LoraConfig | None",
+) -> None:
+    """The small programs: the state's beginning and check, the log's learning rates, the sample."""
+    import jax
+
+    from edgejax.models import Decoder, init_lora
+    from edgejax.models.generate import compile_generation
+    from edgejax.train.checkpoint import compile_checks
+    from edgejax.train.learning_rate import rates
+    from edgejax.train.recipe import abstract_run, compile_start
+
+    compile_start(programs.recipe, subject.config, programs.params, lora)
+    compile_checks(abstract_run(programs.recipe, subject.config, programs.params, lora)[1])
+    rates(programs.schedule, settings.steps)
+    if not options.sample_tokens or subject.tokenizer is None or lora is None:
+        return
+    adapters = jax.eval_shape(lambda key: init_lora(subject.config, lora, key), jax.random.key(0))
+    n_prompt = len(subject.tokenizer.encode(options.prompt))
+    compile_generation(
+        Decoder(subject.config, lora), subject.params, adapters, n_prompt, options.sample_tokens
+    )

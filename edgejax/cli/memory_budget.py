@@ -1,0 +1,149 @@
+"""``edgejax finetune --memory``: the fastest way to run that stays within an amount of memory.
+
+Each candidate is compiled by ``edgejax finetune --dry-run`` in a process of its own, the fastest first, until one fits. This
+process has not imported JAX meanwhile, and afterwards finds the programs in the compile cache: neither compiling nor the run
+exceeds the amount. What a person has given stays, but for how the rows of a step are split into micro-steps.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from edgejax.cli.other_process import dry_run_of, packed_file, words_of
+from edgejax.core.errors import ConfigError
+from edgejax.core.units import format_bytes
+from edgejax.devices.budget import parse_budget
+
+MARGIN = 1.03  # what a forecast may be short of
+COMPILING_BYTES = (
+    750_000_000  # below it, steps are compiled with small code: without, 560 to 680 MB have been seen
+)
+# The fastest first, by their operations (plan.speed).
+LORA: tuple[dict[str, Any], ...] = (
+    {"remat": "none"},
+    {"remat": "mlp", "boundaries": "bf16"},
+    {"remat": "full"},
+    {"remat": "full", "boundaries": "int8"},
+    {"remat": "full", "boundaries": "bf16", "schedule": "streamed"},
+    {"remat": "full", "boundaries": "int8", "schedule": "streamed"},
+)
+_LAYERWISE = {"mode": "full", "base": "bf16", "schedule": "layerwise"}
+FULL: tuple[dict[str, Any], ...] = (
+    {"mode": "full", "base": "f32", "optimizer": "adamw", "remat": "none"},
+    _LAYERWISE | {"optimizer": "adamw8bit", "remat": "mlp", "boundaries": "bf16"},
+    _LAYERWISE | {"optimizer": "adamw4bit", "remat": "full"},
+    _LAYERWISE | {"optimizer": "adamw4bit", "remat": "full", "boundaries": "int8"},
+)
+
+
+def settings_to_try(given: Mapping[str, Any], memory_bytes: int) -> list[dict[str, Any]]:
+    """Options to try, the fastest first: those of the tables that agree with what was given, for each way to split a step.
+
+    >>> [o["remat"] for o in settings_to_try({"schedule": "whole"}, 10**9)]
+    ['none', 'mlp', 'full', 'full']
+    >>> [(o["batch"], o["accumulate"]) for o in settings_to_try({"batch": 4, "remat": "none"}, 10**9)]
+    [(4, 1), (1, 4)]
+    """
+    batch, accumulate = given.get("batch", 1), given.get("accumulate", 1)
+    splits = dict.fromkeys([(batch, accumulate), (1, batch * accumulate)])
+    found = []
+    for kept in FULL if given.get("mode") == "full" else LORA:
+        chosen = {"remat": "full", "boundaries": "f32", "schedule": "whole"} | kept
+        if any(given.get(name, value) != value for name, value in chosen.items()):
+            continue
+        small = (
+            memory_bytes < COMPILING_BYTES and chosen["schedule"] != "streamed"
+        )  # which has small code anyway
+        chosen["small_code"] = given.get("small_code", small)
+        found += [chosen | {"batch": b, "accumulate": a} for b, a in splits]
+    return found
+
+
+def choose_within(options: argparse.Namespace, given: Mapping[str, Any]) -> argparse.Namespace:
+    """The options of a run that stays below ``options.memory``.
+
+    Args:
+      options: with every option's value.
+      given: what a person gave of them.
+
+    Raises:
+      ConfigError: no amount; nothing fits, which names the nearest and the least there is; no compile cache; options that
+        no setting goes with.
+    """
+    memory = parse_budget(options.memory)
+    for name in ("resume", "mesh", "coordinator", "dry_run"):
+        if getattr(options, name):
+            flag = name.replace("_", "-")
+            raise ConfigError(
+                f"--memory chooses the settings of a new run of one process; leave out --{flag}"
+            )
+    tried: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    failed: list[str] = []
+    for chosen in settings_to_try(given, memory):
+        if any(MARGIN * least_bytes(chosen, *other) > memory for other in tried):
+            continue
+        merged = argparse.Namespace(**vars(options) | chosen)
+        try:
+            if merged.schedule == "streamed":
+                merged.model, merged.base = packed_file(merged.model, merged.base), "auto"
+            found = dry_run_of(vars(merged), memory)
+        except ConfigError as error:
+            if str(error) in failed:  # it is not about this one alone
+                raise
+            failed.append(str(error))
+            continue
+        fits = max(MARGIN * found["running_bytes"], found["compiling_bytes"]) <= memory
+        if not options.quiet:
+            line = f"{'->' if fits else ' x'} {format_bytes(found['peak_bytes']):>9}  {describe(chosen)}"
+            print(line, file=sys.stderr, flush=True)
+        if fits:
+            return merged
+        tried.append((chosen, found))
+    raise ConfigError(_nothing_fits(memory, tried, failed))
+
+
+def _nothing_fits(
+    memory_bytes: int, tried: list[tuple[dict[str, Any], dict[str, Any]]], failed: list[str]
+) -> str:
+    if not tried:
+        return failed[0] if failed else "no setting that --memory chooses from goes with the other options"
+    tried.sort(key=lambda one: one[1]["peak_bytes"])
+    nearest = "; ".join(
+        f"{format_bytes(found['peak_bytes'])} with {describe(chosen)}" for chosen, found in tried[:2]
+    )
+    floor = min(found["floor_bytes"] for _, found in tried)
+    return (
+        f"no setting stays below {format_bytes(memory_bytes)} with 3% to spare. The nearest: {nearest}. Python, JAX, the data, "
+        f"weights and optimizer alone are {format_bytes(floor)}. Use fewer or shorter rows, a smaller model, or a larger "
+        "amount; nothing was loaded"
+    )
+
+
+def least_bytes(chosen: Mapping[str, Any], tried: Mapping[str, Any], found: Mapping[str, Any]) -> int:
+    """What a setting takes at least, from one that was compiled.
+
+    Inputs of layers may be stored in fewer bytes; otherwise settings of a schedule are alike only in their trees.
+
+    >>> found = {"running_bytes": 500_000_000, "floor_bytes": 300_000_000, "sources_bytes": {"layer inputs": 40_000_000}}
+    >>> full = {"remat": "full", "boundaries": "f32", "schedule": "whole", "batch": 1}
+    >>> least_bytes(full | {"boundaries": "int8"}, full, found), least_bytes(full | {"remat": "none"}, full, found)
+    (460000000, 300000000)
+    >>> least_bytes(full | {"schedule": "streamed"}, full, found)
+    0
+    """
+    if any(chosen.get(name) != tried.get(name) for name in ("schedule", "base", "optimizer")):
+        return 0
+    if any(chosen.get(name) != tried.get(name) for name in ("remat", "batch")):
+        return found["floor_bytes"]
+    return found["running_bytes"] - found["sources_bytes"].get("layer inputs", 0)
+
+
+def describe(chosen: Mapping[str, Any]) -> str:
+    """The options that differ from their defaults.
+
+    >>> describe({"remat": "full", "boundaries": "int8", "schedule": "whole", "small_code": True, "batch": 1})
+    '--remat full --boundaries int8 --small-code'
+    """
+    usual = {"schedule": "whole", "boundaries": "f32", "batch": 1, "accumulate": 1}
+    return " ".join(words_of({name: value for name, value in chosen.items() if value != usual.get(name)}))

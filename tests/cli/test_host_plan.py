@@ -1,0 +1,105 @@
+"""``edgejax plan`` for this machine, an amount of memory and a phone."""
+
+import json
+
+import pytest
+
+from edgejax.cli import host_plan
+from edgejax.cli import main as program
+from edgejax.cli.host_plan import find_place
+from edgejax.core.errors import ConfigError
+
+MB = 10**6
+
+
+@pytest.fixture
+def planned(monkeypatch, tmp_path, capsys):
+    """Runs ``edgejax plan`` with made-up footprints, and gives what it printed and which dry runs it asked for."""
+    monkeypatch.setenv("EDGEJAX_CACHE", str(tmp_path))
+    asked = []
+
+    def dry_run_of(options, limit_bytes=None):
+        asked.append(options)
+        if options["schedule"] == "streamed" and options["boundaries"] == "int8":
+            raise ConfigError("it went wrong")
+        kept = {"none": 400, "mlp": 100, "full": 90}[options["remat"]] * options["seq"] // 512 * MB
+        return {
+            "peak_bytes": 300 * MB + kept, "running_bytes": 300 * MB + kept, "compiling_bytes": 200 * MB,
+            "floor_bytes": 250 * MB, "sources_bytes": {"trees": 300 * MB, "the step itself": kept},
+            "bytes_per_parameter": 16, "remark": "",
+            "xla": {"argument_bytes": 1, "output_bytes": 1, "alias_bytes": 1, "temp_bytes": kept, "generated_code_bytes": 0},
+        }  # fmt: skip
+
+    monkeypatch.setattr(host_plan, "dry_run_of", dry_run_of)
+
+    def plan(*words):
+        asked.clear()
+        code = program.main(["plan", "--model", "smollm2-360m", *words])
+        return code, capsys.readouterr(), list(asked)
+
+    return plan
+
+
+@pytest.mark.quick
+def test_a_plan_for_an_amount(planned):
+    code, said, asked = planned("--device", "430MB")
+    assert code == 0
+    assert len(asked) == 7  # six settings, and one with longer rows
+    assert {options["model"] for options in asked} == {"shape:smollm2-360m"}  # nothing is fetched for a plan
+    assert all(options["sample_tokens"] == 0 for options in asked)
+    assert "smollm2-360m on this machine: 410.1 MiB of memory" in said.out
+    assert "->  381.5 MiB  speed 0.8" in said.out
+    assert " x  667.6 MiB" in said.out
+    assert "it went wrong" in said.out
+    assert "--memory 430MB" in said.out
+    code, said, asked = planned("--device", "430MB", "--json")
+    assert asked[0]["schedule"] == "streamed"  # the rest was kept
+    assert len(asked) == 1
+    plan = json.loads(said.out)
+    assert plan["chosen"]["settings"]["remat"] == "mlp"
+    assert plan["budget_bytes"] == pytest.approx(430 * MB / 1.03, abs=1)
+    assert {"peak_bytes", "sources_bytes", "fits"} <= set(plan["candidates"][0])
+
+
+@pytest.mark.quick
+def test_nothing_fits(planned):
+    code, said, _ = planned("--device", "300MB")
+    assert code == 2
+    assert "Nothing fits" in said.out
+    assert "its weights and optimizer alone are 238.4 MiB" in said.out
+
+
+@pytest.mark.quick
+def test_all_parameters(planned):
+    code, said, asked = planned("--device", "2GB", "--full")
+    assert code == 0
+    assert [options["optimizer"] for options in asked[:4]] == ["adamw", "adamw8bit", "adamw4bit", "adamw4bit"]
+    assert all("rank" not in options for options in asked)
+    assert "--mode full" in said.out
+
+
+@pytest.mark.quick
+def test_places(monkeypatch):
+    assert find_place("rtx3060") is None
+    phone = find_place("Pixel 7")
+    assert phone.memory_bytes == round(1.2 * 2**30)
+    assert "stands in for the phone; an app gets 1.20 GiB to 1.20 GiB there, as reported" in phone.evidence
+    assert "by the share of its memory that apps got on others" in find_place("pixel8").evidence
+    here = find_place("this")
+    assert here.memory_bytes > 0
+    assert find_place("1GiB").memory_bytes == 2**30
+    with pytest.raises(ConfigError, match="is a chip"):
+        find_place("Snapdragon 778G")
+
+
+def test_a_plan_by_the_real_compiler(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEJAX_CACHE", str(tmp_path))
+    words = ["plan", "--device", "500MB", "--model", "tiny", "--seq", "64", "--base", "int8", "--json"]
+    assert program.main(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["failed"] == {}
+    assert plan["chosen"]["settings"]["remat"] == "none"
+    assert len(plan["candidates"]) == 6
+    for candidate in plan["candidates"]:
+        assert 150 * MB < candidate["sources_bytes"]["Python, JAX and data"] < 430 * MB
+        assert candidate["compiling_bytes"] > candidate["sources_bytes"]["Python, JAX and data"]
