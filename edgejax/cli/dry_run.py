@@ -53,15 +53,14 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
     from edgejax.train.programs import compile_programs
 
     subject = _open(options)
-    if subject.tokenizer is None:
-        if options.epochs is not None:
-            raise ConfigError("--epochs counts rows, and rows need the model's tokenizer; give --steps")
-        settings = train_settings(options, None)
-    else:
+    rows = None
+    if subject.tokenizer is not None:
         check_sample(options, subject.tokenizer, subject.config)
-        rows = load_rows(options, subject.tokenizer, subject.config)
-        settings = train_settings(options, rows.train)
-    opened = process_memory().rss_bytes or process_memory().peak_rss_bytes
+        rows = load_rows(options, subject.tokenizer, subject.config).train
+    elif options.epochs is not None:
+        raise ConfigError("--epochs counts rows, and rows need the model's tokenizer; give --steps")
+    opened = process_memory().rss_bytes or process_memory().peak_rss_bytes  # before anything is compiled
+    settings = train_settings(options, rows)
     params = subject.source or subject.params
     programs = compile_programs(subject.config, params, settings, lora, options.seq)
     forget_traces()
@@ -69,6 +68,7 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
     footprint = process_footprint(
         programs, subject.config, settings, lora, options.seq,
         opened_bytes=opened, compiling_bytes=process_memory().peak_rss_bytes, source=subject.source,
+        samples=options.sample_tokens > 0,
     )  # fmt: skip
     if options.json:
         print(json.dumps({"footprint": footprint.to_json(), "keeps_programs": keeps_programs}))
@@ -131,10 +131,24 @@ def _compile_rest(
     compile_start(programs.recipe, subject.config, programs.params, lora)
     compile_checks(abstract_run(programs.recipe, subject.config, programs.params, lora)[1])
     rates(programs.schedule, settings.steps)
-    if not options.sample_tokens or subject.tokenizer is None or lora is None:
+    if not options.sample_tokens or subject.tokenizer is None:
         return
-    adapters = jax.eval_shape(lambda key: init_lora(subject.config, lora, key), jax.random.key(0))
+    params, adapters = jax.tree.map(_as_pattern, subject.params), {}
+    if lora is not None:
+        params = subject.params
+        adapters = jax.eval_shape(lambda key: init_lora(subject.config, lora, key), jax.random.key(0))
     n_prompt = len(subject.tokenizer.encode(options.prompt))
-    compile_generation(
-        Decoder(subject.config, lora), subject.params, adapters, n_prompt, options.sample_tokens
-    )
+    compile_generation(Decoder(subject.config, lora), params, adapters, n_prompt, options.sample_tokens)
+
+
+def _as_pattern(leaf: Any) -> Any:
+    """As ``train.held.as_patterns`` does, of a leaf's shape and dtype."""
+    import jax
+    import jax.numpy as jnp
+
+    from edgejax.quant import Bfloat16Array
+
+    if leaf.dtype != jnp.bfloat16:
+        return leaf
+    pattern: Any = jax.ShapeDtypeStruct(leaf.shape, jnp.uint16)
+    return Bfloat16Array(pattern)

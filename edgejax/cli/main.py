@@ -23,7 +23,7 @@ from edgejax.core.errors import ConfigError, EdgejaxError
 
 COMMANDS = {
     "finetune": "fine-tune a model on text; ends with an adapter and a report",
-    "plan": "what fits on a graphics card that need not be here, before anything is loaded",
+    "plan": "what fits on this machine, in an amount of memory, or on a card that need not be here",
     "generate": "continue a prompt, with or without an adapter",
     "eval": "loss and perplexity of a model on text",
     "models": "the models known by name, and where each comes from",
@@ -32,6 +32,9 @@ COMMANDS = {
     "pack": "write a model as one file that is mapped layer by layer",
     "export": "write an adapter or a merged model for other programs",
 }
+
+
+_COUNTED = ("--mem", "--dry")  # --memory and --dry-run, in which every byte is
 
 
 def build_parser(load: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
@@ -149,6 +152,8 @@ def _restart_with_huge_pages() -> None:
 
     What decides is read by the C library when a process starts. The new one finds it set and goes on.
     """
+    if any(word.startswith(_COUNTED) for word in sys.argv):
+        return  # the system fills huge pages up when it has time: 7 to 75 MB more, not the same twice
     environment = huge_pages_environment(os.environ)
     if environment is not None and sys.argv[1:2] == ["finetune"] and sys.executable:
         with contextlib.suppress(OSError):  # then slower

@@ -27,6 +27,7 @@ LORA: tuple[dict[str, Any], ...] = (
     {"remat": "full", "boundaries": "int8"},
     {"remat": "full", "boundaries": "bf16", "schedule": "streamed"},
     {"remat": "full", "boundaries": "int8", "schedule": "streamed"},
+    {"remat": "full", "boundaries": "int8", "schedule": "streamed", "optimizer": "adamw8bit"},
 )
 _LAYERWISE = {"mode": "full", "base": "bf16", "schedule": "layerwise"}
 FULL: tuple[dict[str, Any], ...] = (

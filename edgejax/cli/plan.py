@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="micro-steps of an optimizer step (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument(
+        "--picture", metavar="FILE.html", help="also draw it, the bytes of each setting against the memory"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from edgejax.core.errors import ConfigError
     from edgejax.devices import find_device, is_budget
     from edgejax.plan import plan_for_card
+    from edgejax.plan.picture import write_picture
 
     check_step_size(args.batch, args.seq)
     if args.mode == "full" and (args.base, args.rank) != (None, None):
@@ -88,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     else:
         plan = plan_for_host(args, place, _note)
+    if args.picture is not None:
+        write_picture(args.picture, plan)
     amount = None
     if place is not None:
         amount = shlex.quote(args.device) if is_budget(args.device) else f"{place.memory_bytes // 10**6}MB"

@@ -89,6 +89,8 @@ class Candidate:
         said = {"base": self.base}
         if self.mode == "full":
             said = {"mode": "full"} | said | {"optimizer": self.optimizer}
+        if self.mode == "lora" and self.optimizer != "adamw":
+            said |= {"optimizer": self.optimizer}
         if self.schedule != "whole":
             said |= {"schedule": self.schedule}
         said |= {"remat": self.remat}

@@ -19,9 +19,18 @@ from edgejax.train.receipt import make_receipt
 from edgejax.train.recipe import abstract_run
 from edgejax.train.settings import TrainSettings
 
-PROGRAMS_BYTES = 60_000_000  # of step, evaluation and the small ones, loaded from the compile cache
-SCRATCH_BYTES = 42_000_000  # matrix products and their threads, at the same time as the step's own memory
-LEAST_STEP_BYTES = 100_000_000  # that is there for a moment, however small the step is
+PROGRAMS_BYTES = {  # step, evaluation and the small ones, loaded from the compile cache
+    "whole": 60_000_000,
+    "layerwise": 125_000_000,
+    "streamed": 60_000_000,
+}
+SCRATCH_BYTES = {  # matrix products and their threads, at the same time as the step's own memory
+    "whole": 42_000_000,
+    "layerwise": 42_000_000,
+    "streamed": 52_000_000,
+}
+SAVING_BYTES = 100_000_000  # copies of leaves, and what saves them; there while a step's memory is not
+SAMPLE_BYTES = 30_000_000  # of a sample's programs, beside a table of the vocabulary in float32
 
 
 class LayerShapes:
@@ -51,6 +60,7 @@ def process_footprint(
     opened_bytes: int,
     compiling_bytes: int,
     source: Any = None,
+    samples: bool = False,
 ) -> Footprint:
     """Bytes by source of a run whose programs are in the compile cache.
 
@@ -62,27 +72,33 @@ def process_footprint(
       seq_length: positions of a row.
       opened_bytes: resident in a process that has opened the model and the data, before anything was compiled.
       compiling_bytes: the most a process had that compiled them.
-      source: the packed file of a streamed run.
+      source: the layers of a streamed run.
+      samples: whether a prompt is continued when it ends.
     """
     streamed = settings.schedule == "streamed"
     frozen, state = abstract_run(programs.recipe, config, programs.params, lora)
     shape = (settings.accumulate, settings.batch_size, seq_length)
     receipt = make_receipt(programs.recipe, config, state, {} if streamed else frozen, shape)
     xla = xla_memory(programs.step)
-    sources = {"Python, JAX and data": opened_bytes, "programs": PROGRAMS_BYTES}
+    programs_bytes, scratch = PROGRAMS_BYTES[settings.schedule], SCRATCH_BYTES[settings.schedule]
+    sources = {"Python, JAX and data": opened_bytes, "programs": programs_bytes}
     if streamed:
-        mapped = tree_bytes(source.tables()) + 2 * tree_bytes(source.layer(0))
-        stored = receipt.boundaries_bytes
-        sources |= {"mapped weights": mapped}
-        sources |= step_sources(receipt, stored + xla.temp_bytes, keeps_all=False)
-        floor = mapped + sum(tree.n_bytes for tree in receipt.trees)
+        # Two layers at a time, and the tables; what is stored for the backward pass waits outside of its programs.
+        sources["mapped weights"] = tree_bytes(source.tables()) + 2 * tree_bytes(source.layer(0))
+        sources |= step_sources(receipt, receipt.boundaries_bytes + xla.temp_bytes, keeps_all=False)
+        sources["scratch"] = scratch
     else:
         sources |= step_sources(receipt, xla.temp_bytes, keeps_all=settings.remat == "none")
-        floor = sum(tree.n_bytes for tree in receipt.trees)
-    sources["scratch"] = max(SCRATCH_BYTES, LEAST_STEP_BYTES - xla.temp_bytes)
+        sources["scratch"] = max(scratch, SAVING_BYTES - xla.temp_bytes)
+    trees = {tree.name: tree.n_bytes for tree in receipt.trees}
+    floor = opened_bytes + sum(trees.values()) + sources.get("mapped weights", 0)
+    if samples and lora is None:  # the base is read again, beside what was trained
+        table = 4 * config.vocab_size * config.d_model
+        sample = opened_bytes + programs_bytes + 2 * trees["weights"] + table + SAMPLE_BYTES
+        sources["beyond it, the sample"] = max(0, sample - sum(sources.values()))
     return Footprint(
-        sources=sources,
-        floor_bytes=opened_bytes + floor,
+        sources={name: size for name, size in sources.items() if size},
+        floor_bytes=floor,
         xla=xla,
         bytes_per_parameter=receipt.bytes_per_parameter,
         compiling_bytes=compiling_bytes,

@@ -104,6 +104,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         arrays = _nonempty(state)
+        self._write_by_leaf(arrays)
         record = {
             "format": FORMAT,
             "step": step,
@@ -182,6 +183,16 @@ class Checkpoints:
             self._manager.close()
             self._manager = None
 
+    def _write_by_leaf(self, arrays: dict[str, Any]) -> None:
+        """Let no more than the bytes of the largest leaf be copied and compressed at a time.
+
+        Left to itself Orbax does so with all leaves at once (388 MB of state: 264 MB more memory, and 83 to 200 so).
+        """
+        largest = max((leaf.nbytes for leaf in arrays.values()), default=0) + 1  # it wants room for more
+        if self._in_flight_bytes != largest:
+            self.close()
+            self._in_flight_bytes = largest
+
     def _open(self) -> Any:
         if self._manager is None:
             import orbax.checkpoint as ocp
@@ -191,8 +202,20 @@ class Checkpoints:
             processes = ocp.options.MultiprocessingOptions(
                 primary_host=jax.process_index() if alone else 0, active_processes=alone
             )
+            handlers: Any = None
+            if self._in_flight_bytes is not None:
+                gigabytes: Any = (
+                    self._in_flight_bytes / 1e9
+                )  # a fraction is as good, whatever the annotation says
+                handlers = {
+                    "state": ocp.StandardCheckpointHandler(
+                        save_concurrent_gb=gigabytes, multiprocessing_options=processes
+                    ),
+                    "record": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+                }
             self._manager = ocp.CheckpointManager(
                 self.folder,
+                item_handlers=handlers,
                 options=ocp.CheckpointManagerOptions(
                     create=alone is None,  # with ``active_processes`` Orbax wants the folder made before
                     max_to_keep=self.keep,

@@ -9,7 +9,9 @@ import contextlib
 import logging
 import sys
 import traceback
+import types
 from collections.abc import Iterator
+from pathlib import Path
 
 _LOGGERS = ("absl", "asyncio")
 _LOOP_CLOSED = "Event loop is closed"
@@ -21,7 +23,7 @@ def quiet_orbax() -> Iterator[None]:
     usual_hook = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) != _LOOP_CLOSED:
+        if str(unraisable.exc_value) != _LOOP_CLOSED and not _is_abandoned(unraisable.object):
             usual_hook(unraisable)
 
     for name in _LOGGERS:
@@ -31,6 +33,14 @@ def quiet_orbax() -> Iterator[None]:
     sys.unraisablehook = usual_hook
     for name in _LOGGERS:
         logging.getLogger(name).removeFilter(_not_of_orbax)
+
+
+def _is_abandoned(thing: object) -> bool:
+    """Whether it is a coroutine of Orbax, or one of asyncio's that those wait in: after a failure nobody ends them."""
+    if not isinstance(thing, types.CoroutineType):
+        return False
+    folders = Path(thing.cr_code.co_filename).parts[:-1]
+    return "orbax" in folders or folders[-1:] == ("asyncio",)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

@@ -56,37 +56,28 @@ SETTINGS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def model_path(name: str, work: Path) -> str:
-    """A preset by its name; of another shape a Hugging Face folder with random weights and SmolLM2's tokenizer."""
-    if name == "smollm2-135m":
-        return name
-    folder = work / "models" / name
-    if not (folder / "config.json").exists():
+def model_file(name: str, base: str, work: Path) -> str:
+    """A packed file of random weights in a model's shape, with SmolLM2's tokenizer."""
+    file = work / "models" / f"{name}-{base}.ejx"
+    if not file.exists():
         from edgejax.models.shapes import find_shape
-        from edgejax.weights.export import export
-        from edgejax.weights.load import LoadedModel, ModelSource, load_params, open_model
+        from edgejax.weights import open_model
+        from edgejax.weights.packed_layout import Origin
+        from edgejax.weights.packed_write import write_packed
         from edgejax.weights.random import RandomSource
 
-        config = find_shape(name)
-        params = load_params(RandomSource(config, 0), "bf16", [])
-        source = ModelSource(name, str(folder), "huggingface", "", "bf16")
-        model = LoadedModel(config, params, open_model("smollm2-135m").tokenizer, source)
-        export(model, folder, format="merged-safetensors", overwrite=True)
-    return str(folder)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        origin = Origin(name=name, format="random", sha256="", base=base)
+        tokenizer = open_model("smollm2-135m").tokenizer
+        write_packed(file, RandomSource(find_shape(name), 0), origin=origin, base=base, tokenizer=tokenizer)
+    return str(file)
 
 
 def words_of(setting: dict[str, Any], work: Path) -> list[str]:
-    """Arguments of ``edgejax finetune``; a streamed model is packed first."""
-    options = setting | {"model": model_path(setting["model"], work)}
-    if setting.get("schedule") == "streamed":
-        packed = work / "models" / f"{setting['model']}-{options.pop('base')}.ejx"
-        if not packed.exists():
-            packed.parent.mkdir(parents=True, exist_ok=True)
-            words = ["--model", options["model"], "--base", setting["base"], "--out", str(packed)]
-            subprocess.run(
-                [sys.executable, "-m", "edgejax", "pack", *words], check=True, stdout=subprocess.DEVNULL
-            )
-        options["model"] = str(packed)
+    """Arguments of ``edgejax finetune``; of SmolLM2-135M the real file, but for streamed runs, which need a packed one."""
+    options = dict(setting)
+    if setting["model"] != "smollm2-135m" or setting.get("schedule") == "streamed":
+        options["model"] = model_file(setting["model"], setting["base"], work)
     words = [
         w for name, v in options.items() for w in ((f"--{name}",) if v is True else (f"--{name}", str(v)))
     ]
@@ -95,7 +86,13 @@ def words_of(setting: dict[str, Any], work: Path) -> list[str]:
 
 def measure(setting: dict[str, Any], work: Path, *, limited: bool) -> dict[str, Any]:
     """A row: the forecast, and the run's peak and phases."""
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(work / "cache")}
+    environment = (
+        os.environ
+        | {
+            "JAX_COMPILATION_CACHE_DIR": str(work / "cache"),
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # as with --memory, which this does not use: it would choose settings
+        }
+    )
     shutil.rmtree(work / "cache", ignore_errors=True)
     shutil.rmtree(work / "run", ignore_errors=True)
     command = words_of(setting, work)

@@ -1,6 +1,8 @@
 """``edgejax plan`` for this machine, an amount of memory and a phone."""
 
 import json
+import re
+import xml.etree.ElementTree
 
 import pytest
 
@@ -44,21 +46,41 @@ def planned(monkeypatch, tmp_path, capsys):
 def test_a_plan_for_an_amount(planned):
     code, said, asked = planned("--device", "430MB")
     assert code == 0
-    assert len(asked) == 7  # six settings, and one with longer rows
+    assert len(asked) == 8  # seven settings, and one with longer rows
     assert {options["model"] for options in asked} == {"shape:smollm2-360m"}  # nothing is fetched for a plan
     assert all(options["sample_tokens"] == 0 for options in asked)
     assert "smollm2-360m on this machine: 410.1 MiB of memory" in said.out
-    assert "->  381.5 MiB  speed 0.8" in said.out
-    assert " x  667.6 MiB" in said.out
+    assert "-> 381.5 MiB  speed 0.79" in said.out
+    assert " x 667.6 MiB" in said.out
     assert "it went wrong" in said.out
     assert "--memory 430MB" in said.out
     code, said, asked = planned("--device", "430MB", "--json")
-    assert asked[0]["schedule"] == "streamed"  # the rest was kept
-    assert len(asked) == 1
+    assert {options["schedule"] for options in asked} == {"streamed"}  # the rest was kept
+    assert len(asked) == 2
     plan = json.loads(said.out)
     assert plan["chosen"]["settings"]["remat"] == "mlp"
     assert plan["budget_bytes"] == pytest.approx(430 * MB / 1.03, abs=1)
     assert {"peak_bytes", "sources_bytes", "fits"} <= set(plan["candidates"][0])
+
+
+@pytest.mark.quick
+def test_a_picture(planned, tmp_path, capsys):
+    page = tmp_path / "plan.html"
+    code, _, _ = planned("--device", "430MB", "--picture", str(page))
+    assert code == 0
+    text = page.read_text()
+    parsed = xml.etree.ElementTree.fromstring(re.search(r"<svg.*?</svg>", text)[0])
+    widths = [float(part.get("width")) for part in parsed.iter("rect")]
+    assert sum(widths) == pytest.approx(
+        100 * 400 / 700, abs=0.1
+    )  # the longest is 700 MB, and drawn to its end
+    assert text.count("<svg") == 5
+    assert text.count(", chosen") == 1
+    assert "Rows of 1024 do not fit" in text
+    assert "http" not in text  # nothing from anywhere else
+    code, said, _ = planned("--device", "430MB", "--picture", str(tmp_path / "none" / "plan.html"))
+    assert code == 2
+    assert "cannot write the picture" in said.err
 
 
 @pytest.mark.quick
@@ -99,7 +121,7 @@ def test_a_plan_by_the_real_compiler(capsys, monkeypatch, tmp_path):
     plan = json.loads(capsys.readouterr().out)
     assert plan["failed"] == {}
     assert plan["chosen"]["settings"]["remat"] == "none"
-    assert len(plan["candidates"]) == 6
+    assert len(plan["candidates"]) == 7
     for candidate in plan["candidates"]:
         assert 150 * MB < candidate["sources_bytes"]["Python, JAX and data"] < 430 * MB
         assert candidate["compiling_bytes"] > candidate["sources_bytes"]["Python, JAX and data"]

@@ -1,5 +1,6 @@
 """Only Orbax's own reports of a failure are dropped, and only around a save or a restore."""
 
+import asyncio
 import logging
 import sys
 import types
@@ -9,6 +10,10 @@ import pytest
 from edgejax.train.orbax_quiet import _not_of_orbax, quiet_orbax
 
 pytestmark = pytest.mark.quick
+
+
+async def mine():
+    """A coroutine of this program."""
 
 
 @pytest.fixture
@@ -30,8 +35,14 @@ def reported(caplog, monkeypatch):
             exec(code)
         except ValueError:
             logger.error("Task exception was never retrieved", exc_info=True)
-        for text in ("Event loop is closed", "mine"):
-            sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+        for text, thing in (
+            ("Event loop is closed", None),
+            ("abandoned", asyncio.sleep(0)),
+            ("mine", mine()),
+        ):
+            sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text), object=thing))
+            if thing is not None:
+                thing.close()
         return [*caplog.messages, *hooked]
 
     yield report
@@ -51,7 +62,7 @@ def test_inside_the_block_and_nowhere_else(reported):
     with quiet_orbax():
         assert reported() == QUIET
     assert reported() == everything
-    assert len(everything) == 6
+    assert len(everything) == 7
 
 
 def test_after_a_failure_the_late_reports_are_dropped_too(reported):
