@@ -52,6 +52,9 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
     from edgejax.plan.process import process_footprint
     from edgejax.train.programs import compile_programs
 
+    for name in ("mesh", "coordinator", "resume"):
+        if getattr(options, name):
+            raise ConfigError(f"--dry-run is of a new run in one process on one device; leave out --{name}")
     subject = _open(options)
     rows = None
     if subject.tokenizer is not None:
@@ -73,21 +76,22 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
     if options.json:
         print(json.dumps({"footprint": footprint.to_json(), "keeps_programs": keeps_programs}))
     elif not options.quiet:
-        print(as_text(options, footprint))
+        print(as_text(options, footprint, keeps_programs))
     return 0
 
 
-def as_text(options: argparse.Namespace, footprint: Any) -> str:
+def as_text(options: argparse.Namespace, footprint: Any, keeps_programs: bool) -> str:
     """What a person reads."""
     from edgejax.core.units import format_bytes
 
+    kept = "a run with the same arguments finds them" if keeps_programs else "they could not be kept"
     lines = [
         f"{options.model} would take {format_bytes(footprint.running_bytes)} at its most, of which",
         *(f"  {name:<22}{format_bytes(size):>10}" for name, size in footprint.sources.items()),
-        f"compiling its programs took {format_bytes(footprint.compiling_bytes)}; they are kept, and a run with the same "
-        "arguments finds them",
+        f"compiling its programs took {format_bytes(footprint.compiling_bytes)}; {kept}",
+        footprint.remark,
     ]
-    return "\n".join(lines)
+    return "\n".join(filter(None, lines))
 
 
 def _open(options: argparse.Namespace) -> Subject:

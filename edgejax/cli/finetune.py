@@ -59,6 +59,10 @@ def _run(given: dict[str, Any], out: Path, again: str) -> int:
     options = argparse.Namespace(**merge_options(given, out))
     check_options(options)  # before anything is imported, loaded or fetched
     if options.memory is not None:
+        if out.is_dir() and any(out.iterdir()) and not options.overwrite:  # before minutes of compiling
+            raise RunError(
+                f"{out} is not empty; choose another folder, or replace the run in it (--overwrite)"
+            )
         options = choose_within(options, given)
     lora = lora_config(options)
     try:

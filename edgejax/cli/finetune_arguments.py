@@ -164,8 +164,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--memory", metavar="AMOUNT",
-        help="choose what is not given (remat, boundaries, schedule, how the rows of a step are split) so that the process "
-        "stays below it, like 600MB or 1.2GB",
+        help="choose what is not given (remat, boundaries, schedule, optimizer, small code, base with --mode full, how the rows of "
+        "a step are split) so that the process stays below it, like 600MB or 1.2GB; a resumed run is not held to it",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="replace the run in --out")
     add(

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgejax.cli.dry_run import SHAPE
-from edgejax.cli.memory_budget import MARGIN, settings_to_try
+from edgejax.cli.memory_budget import settings_to_try
 from edgejax.cli.other_process import dry_run_of
 from edgejax.core.errors import ConfigError
 from edgejax.core.units import format_bytes
@@ -47,7 +47,7 @@ def find_place(text: str) -> Place | None:
     from edgejax.core.host import host_limits
     from edgejax.devices import find_device, is_budget, parse_budget
 
-    here = "compiled for this machine, with what was measured around its programs"
+    here = "compiled for this machine, with what was measured around its programs; 3 to 5% to spare"
     if text.lower() in HERE:
         memory = host_limits().memory_usable_bytes
         if memory is None:
@@ -82,8 +82,9 @@ def plan_for_host(args: argparse.Namespace, place: Place, note: Callable[[str], 
       ConfigError, WeightsError: an unknown model, or settings that do not go together.
     """
     from edgejax.core.host import cpu_name, host_limits
+    from edgejax.core.sources import sources_sha256
     from edgejax.plan import Candidate
-    from edgejax.plan.candidate import abstract_model
+    from edgejax.plan.candidate import abstract_model, is_here
     from edgejax.plan.search import find_options, make_plan
     from edgejax.plan.store import FootprintStore
 
@@ -92,10 +93,15 @@ def plan_for_host(args: argparse.Namespace, place: Place, note: Callable[[str], 
         given["base"] = args.base
     shared = {"mode": args.mode, "seq": args.seq}
     if args.mode == "lora":
-        shared |= {"base": args.base or "auto", "rank": 8 if args.rank is None else args.rank}
+        here = is_here(args.model)  # the published files of others are not quantised
+        shared |= {
+            "base": args.base or ("auto" if here else "int4"),
+            "rank": 8 if args.rank is None else args.rank,
+        }
     candidates = [Candidate(**shared | chosen) for chosen in settings_to_try(given, place.memory_bytes)]
     config, _ = abstract_model(args.model, candidates[0].held_base)
     environment = [cpu_name(), host_limits().cores_usable, os.environ.get("XLA_FLAGS", "")]
+    environment += [is_here(args.model), sources_sha256()]
     store = FootprintStore(["this machine", *environment], note=note)
 
     def find(candidates: Sequence[Candidate]):
@@ -108,7 +114,7 @@ def plan_for_host(args: argparse.Namespace, place: Place, note: Callable[[str], 
         find,
         device=place.name,
         memory_bytes=place.memory_bytes,
-        reserve_bytes=round(place.memory_bytes * (1 - 1 / MARGIN)),
+        reserve_bytes=0,  # what is uncertain is of each footprint
         evidence=place.evidence,
     )
 
@@ -127,7 +133,9 @@ def _footprint(model: str, candidate: "Candidate") -> "Footprint | str":
     options = dataclasses.asdict(candidate) | {"model": model if is_here(model) else SHAPE + model}
     if candidate.mode == "full":
         del options["rank"]
+    else:  # whose sample takes less than a step
+        options["sample_tokens"] = 0
     try:
-        return Footprint.from_json(dry_run_of(options | {"sample_tokens": 0}))
+        return Footprint.from_json(dry_run_of(options))
     except ConfigError as error:
         return str(error)

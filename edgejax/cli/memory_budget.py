@@ -7,10 +7,10 @@ exceeds the amount. What a person has given stays, but for how the rows of a ste
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from edgejax.cli.other_process import dry_run_of, packed_file, words_of
+from edgejax.cli.other_process import TooLarge, dry_run_of, packed_file, words_of
 from edgejax.core.errors import ConfigError
 from edgejax.core.units import format_bytes
 from edgejax.devices.budget import parse_budget
@@ -79,45 +79,69 @@ def choose_within(options: argparse.Namespace, given: Mapping[str, Any]) -> argp
             raise ConfigError(
                 f"--memory chooses the settings of a new run of one process; leave out --{flag}"
             )
+    said = (lambda text: None) if options.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     tried: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    failed: list[str] = []
+    failed: list[tuple[str, str]] = []  # schedule and error
+    too_large: set[tuple[str, bool]] = set()
     for chosen in settings_to_try(given, memory):
-        if any(MARGIN * least_bytes(chosen, *other) > memory for other in tried):
+        schedule = chosen["schedule"]
+        how = (schedule, chosen["small_code"])
+        is_hopeless = (
+            failed[-1:] and failed[-1][0] == schedule and failed.count(failed[-1]) > 1
+        )  # the same error twice
+        if is_hopeless or how in too_large or any(least_bytes(chosen, *other) > memory for other in tried):
             continue
         merged = argparse.Namespace(**vars(options) | chosen)
         try:
-            if merged.schedule == "streamed":
-                merged.model, merged.base = packed_file(merged.model, merged.base), "auto"
+            if schedule == "streamed":
+                _use_packed_file(merged, memory, said)
             found = dry_run_of(vars(merged), memory)
-        except ConfigError as error:
-            if str(error) in failed:  # it is not about this one alone
-                raise
-            failed.append(str(error))
+        except TooLarge as error:  # steps that are compiled alike take about as much
+            said(f" x {error}: {describe(chosen)}")
+            too_large.add(how)
+            failed.append((schedule, f"{error}: {describe(chosen)}"))
             continue
-        fits = max(MARGIN * found["running_bytes"], found["compiling_bytes"]) <= memory
-        if not options.quiet:
-            line = f"{'->' if fits else ' x'} {format_bytes(found['peak_bytes']):>9}  {describe(chosen)}"
-            print(line, file=sys.stderr, flush=True)
+        except ConfigError as error:
+            failed.append((schedule, str(error)))
+            continue
+        fits = found["needed_bytes"] <= memory
+        said(f"{'->' if fits else ' x'} {format_bytes(found['peak_bytes']):>9}  {describe(chosen)}")
         if fits:
             return merged
         tried.append((chosen, found))
-    raise ConfigError(_nothing_fits(memory, tried, failed))
+    raise ConfigError(_nothing_fits(memory, given, tried, [error for _, error in failed]))
+
+
+def _use_packed_file(options: argparse.Namespace, memory_bytes: int, said: Callable[[str], None]) -> None:
+    """The streamed schedule maps its weights from one."""
+    packed, is_new = packed_file(options.model, options.base, memory_bytes)
+    if is_new:
+        said(f"packed {options.model} into {packed}")
+    if packed != options.model:
+        options.model, options.base = packed, "auto"
 
 
 def _nothing_fits(
-    memory_bytes: int, tried: list[tuple[dict[str, Any], dict[str, Any]]], failed: list[str]
+    memory_bytes: int,
+    given: Mapping[str, Any],
+    tried: list[tuple[dict[str, Any], dict[str, Any]]],
+    failed: list[str],
 ) -> str:
+    if not tried and failed:
+        return "; ".join(dict.fromkeys(failed))
     if not tried:
-        return failed[0] if failed else "no setting that --memory chooses from goes with the other options"
-    tried.sort(key=lambda one: one[1]["peak_bytes"])
+        names = [f"--{name.replace('_', '-')}" for name in given if name in LORA[-1] | FULL[-1]]
+        return f"no setting that --memory chooses from goes with what was given: {', '.join(names)}"
+    tried.sort(key=lambda one: one[1]["needed_bytes"])
     nearest = "; ".join(
-        f"{format_bytes(found['peak_bytes'])} with {describe(chosen)}" for chosen, found in tried[:2]
+        f"{format_bytes(found['needed_bytes'])} with {describe(chosen)}" for chosen, found in tried[:2]
     )
     floor = min(found["floor_bytes"] for _, found in tried)
+    others = "".join(f" Not tried to the end: {error}." for error in dict.fromkeys(failed))
     return (
-        f"no setting stays below {format_bytes(memory_bytes)} with 3% to spare. The nearest: {nearest}. Python, JAX, the data, "
-        f"weights and optimizer alone are {format_bytes(floor)}. Use fewer or shorter rows, a smaller model, or a larger "
-        "amount; nothing was loaded"
+        f"no setting stays below {format_bytes(memory_bytes)}. The nearest needs (with 3 to 5% to spare) {nearest}. Python, JAX, "
+        f"the data, weights and optimizer alone are {format_bytes(floor)}.{others} Use fewer or shorter rows, a smaller model, or "
+        "a larger amount; nothing was loaded"
     )
 
 

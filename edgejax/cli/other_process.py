@@ -16,7 +16,13 @@ from edgejax.core.cache import cache_dir
 from edgejax.core.errors import ConfigError
 from edgejax.core.units import format_bytes
 
+_SPARE = 0.98  # of a limit: a process takes some megabytes between two looks at it
+_WORK = {"finetune": "compiling", "pack": "packing", "doctor": "the check"}
 _NOT_OF_A_DRY_RUN = ("out", "resume", "overwrite", "json", "quiet", "dry_run", "memory")
+
+
+class TooLarge(ConfigError):
+    """A process was ended because it reached its limit."""
 
 
 def dry_run_of(options: Mapping[str, Any], limit_bytes: int | None = None) -> dict[str, Any]:
@@ -27,6 +33,7 @@ def dry_run_of(options: Mapping[str, Any], limit_bytes: int | None = None) -> di
       limit_bytes: where that process is ended, as soon as it has more.
 
     Raises:
+      TooLarge: it reached the limit.
       ConfigError: it ended with an error, which this one says; or its programs could not be kept.
     """
     about = {name: value for name, value in options.items() if name not in _NOT_OF_A_DRY_RUN}
@@ -40,25 +47,26 @@ def dry_run_of(options: Mapping[str, Any], limit_bytes: int | None = None) -> di
     return answer["footprint"]
 
 
-def packed_file(model: str, base: str) -> str:
-    """The packed file of a model in the cache; made where it is not there yet (``edgejax pack``).
+def packed_file(model: str, base: str, limit_bytes: int | None = None) -> tuple[str, bool]:
+    """The packed file of a model in the cache, and whether it was made now (``edgejax pack``); a packed file is its own.
 
     Raises:
+      TooLarge: packing it reached the limit.
       ConfigError: it cannot be packed.
     """
     if model.endswith(".ejx"):
-        return model
+        return model, False
     path = Path(model).expanduser()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
     identity = [str(path.absolute()) if files else model, base]
     identity += [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     packed = cache_dir() / "packed" / f"{path.stem}-{name}.ejx"
-    if not packed.exists():
+    is_new = not packed.exists()
+    if is_new:
         packed.parent.mkdir(parents=True, exist_ok=True)
-        run_edgejax(["pack", *words_of({"model": model, "base": base, "out": packed})])
-        print(f"packed {model} into {packed}", file=sys.stderr, flush=True)
-    return str(packed)
+        run_edgejax(["pack", *words_of({"model": model, "base": base, "out": packed})], limit_bytes)
+    return str(packed), is_new
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
@@ -81,7 +89,7 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
         elif name == "targets":
             words += [flag, ",".join(value)]
         elif isinstance(value, list):
-            words += [flag, *value]
+            words += [flag, *(f"./{item}" if item.startswith("-") else item for item in value)]
         else:
             text = str(value)
             words += [f"{flag}={text}"] if text.startswith("-") or not text else [flag, text]
@@ -93,17 +101,18 @@ def run_edgejax(words: Sequence[str], limit_bytes: int | None = None) -> str:
 
     Args:
       words: its arguments.
-      limit_bytes: it is ended when it has more (looked at every 5 ms; Linux).
+      limit_bytes: it is ended when it has almost as much (looked at every 5 ms; Linux).
 
     Raises:
-      ConfigError: it failed, or was ended.
+      TooLarge: it was ended.
+      ConfigError: it failed.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as complaints, tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen([sys.executable, "-m", "edgejax", *words], stdout=said, stderr=complaints)
         try:
             while process.poll() is None:
-                if limit_bytes is not None and _resident_bytes(process.pid) > limit_bytes:
-                    raise ConfigError(f"compiling it takes more than {format_bytes(limit_bytes)}")
+                if limit_bytes is not None and _resident_bytes(process.pid) > _SPARE * limit_bytes:
+                    raise TooLarge(f"{_WORK[words[0]]} takes more than {format_bytes(limit_bytes)}")
                 time.sleep(0.005)
         finally:
             process.kill()

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(mode="lora")
     parser.add_argument(
         "--base", choices=("auto", "int4", "int8", "bf16", "f32"),
-        help="how frozen weights are held (default: int4); auto: as the file has them",
+        help="how frozen weights are held (default: int4 for a card and for a model that is not here, else auto); auto: as the file has them",
     )  # fmt: skip
     parser.add_argument("--rank", type=whole_number, help="of adapters (default: 8)")
     parser.add_argument(
@@ -92,12 +92,12 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     else:
         plan = plan_for_host(args, place, _note)
-    if args.picture is not None:
-        write_picture(args.picture, plan)
     amount = None
     if place is not None:
         amount = shlex.quote(args.device) if is_budget(args.device) else f"{place.memory_bytes // 10**6}MB"
     print(json.dumps(plan.to_json()) if args.json else as_text(plan, amount))
+    if args.picture is not None:
+        write_picture(args.picture, plan)
     return 0 if plan.chosen is not None else 2
 
 
@@ -115,15 +115,15 @@ def as_text(plan: "Plan", amount: str | None = None) -> str:
     from edgejax.core.units import format_bytes
     from edgejax.weights.presets import PRESETS
 
+    reserve = f", {format_bytes(plan.reserve_bytes)} of them kept in reserve" if plan.reserve_bytes else ""
     lines = [
-        f"{plan.model} on {plan.device}: {format_bytes(plan.memory_bytes)} of memory, "
-        f"{format_bytes(plan.reserve_bytes)} of them kept in reserve. Bytes: {plan.evidence}. Speed: calculated from "
+        f"{plan.model} on {plan.device}: {format_bytes(plan.memory_bytes)} of memory{reserve}. Bytes: {plan.evidence}. Speed: calculated from "
         "operations, beside the same step that keeps everything.",
         "",
     ]
     chosen = plan.chosen
     for option in [*plan.fitting(), *plan.too_large()]:
-        fits = option.footprint.peak_bytes <= plan.budget_bytes
+        fits = option.footprint.needed_bytes <= plan.budget_bytes
         mark = "-> " if option is chosen else "   " if fits else " x "
         lines += [mark + _line(option), "      " + _sources(option)]
     lines += [f" ! {options}: {why}" for options, why in plan.failed.items()]
@@ -166,10 +166,10 @@ def _nothing_fits(plan: "Plan") -> str:
     if not plan.options:
         return "Nothing could be compiled."
     nearest = plan.too_large()[0]
-    over = nearest.footprint.peak_bytes - plan.budget_bytes
+    over = nearest.footprint.needed_bytes - plan.budget_bytes
     return (
-        f"Nothing fits. The nearest takes {format_bytes(over)} too much: {nearest.candidate.describe()}; its weights and "
-        f"optimizer alone are {format_bytes(plan.floor_bytes())}. Use shorter rows, fewer rows at a time, or a smaller model."
+        f"Nothing fits. The nearest takes {format_bytes(over)} too much: {nearest.candidate.describe()}. What no "
+        f"setting goes below is {format_bytes(plan.floor_bytes())}. Use shorter rows, fewer rows at a time, or a smaller model."
     )
 
 
@@ -180,5 +180,5 @@ def _longer(plan: "Plan") -> str:
     if plan.chosen is not None:
         return f"Rows of {seq}: {_line(plan.chosen).strip()}"
     nearest = plan.too_large()[0]
-    over = nearest.footprint.peak_bytes - plan.budget_bytes
+    over = nearest.footprint.needed_bytes - plan.budget_bytes
     return f"Rows of {seq} do not fit: {format_bytes(over)} are missing with {nearest.candidate.describe()}"

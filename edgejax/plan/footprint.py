@@ -24,10 +24,11 @@ class Footprint:
     Attributes:
       sources: bytes by name while it runs: each tree, the layer inputs and what is kept beside them, the rest of the
         step's temporary memory; of a process also what lies beside its arrays.
-      floor_bytes: the trees: what no setting of the step can go below.
+      floor_bytes: what is there whatever is computed again: the trees, and of a process what it has before them.
       xla: XLA's own figures.
       bytes_per_parameter: of weights that train, their gradients and the optimizer's state.
       compiling_bytes: the most a process has while it compiles the step; 0: that happens elsewhere.
+      uncertain_bytes: what the sources may be short of together.
       remark: what is unusual about how it was compiled; empty: nothing.
     """
 
@@ -36,6 +37,7 @@ class Footprint:
     xla: XlaMemory
     bytes_per_parameter: float
     compiling_bytes: int = 0
+    uncertain_bytes: int = 0
     remark: str = ""
 
     @property
@@ -48,11 +50,18 @@ class Footprint:
         """The most there is at once, compiling included."""
         return max(self.running_bytes, self.compiling_bytes)
 
+    @property
+    def needed_bytes(self) -> int:
+        """What there has to be for it: the peak, with what is uncertain of it."""
+        return max(self.running_bytes + self.uncertain_bytes, self.compiling_bytes)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
             "peak_bytes": self.peak_bytes,
             "running_bytes": self.running_bytes,
+            "needed_bytes": self.needed_bytes,
+            "uncertain_bytes": self.uncertain_bytes,
             "sources_bytes": self.sources,
             "floor_bytes": self.floor_bytes,
             "compiling_bytes": self.compiling_bytes,
@@ -74,6 +83,7 @@ class Footprint:
             xla=XlaMemory(**{name: int(size) for name, size in value["xla"].items()}),
             bytes_per_parameter=float(value["bytes_per_parameter"]),
             compiling_bytes=int(value["compiling_bytes"]),
+            uncertain_bytes=int(value["uncertain_bytes"]),
             remark=str(value["remark"]),
         )
         if found.peak_bytes != value["peak_bytes"] or min(found.sources.values()) < 0:

@@ -43,7 +43,7 @@ def plan_html(plan: Plan) -> str:
         f'<meta name="color-scheme" content="light dark"><title>{title} - edgejax plan</title>'
         f"<style>{STYLE}{_STYLE}</style></head>\n<body><main>"
         f'<header><p class="over">edgejax plan</p><h1>{title}</h1><p class="sub">{format_bytes(plan.memory_bytes)} of memory, '
-        f"{format_bytes(plan.reserve_bytes)} of them kept in reserve. Bytes: {html.escape(plan.evidence)}. Speed: calculated "
+        f"{format_bytes(plan.reserve_bytes)} of them in reserve. Bytes: {html.escape(plan.evidence)}. Speed: calculated "
         f"from operations.</p></header>\n<section><div class='key'>{key}</div>{bars}{failed}</section>\n"
         f"{_longer(plan)}</main></body></html>\n"
     )
@@ -51,7 +51,7 @@ def plan_html(plan: Plan) -> str:
 
 def _bar(plan: Plan, option: Option, names: list[str], scale: int) -> str:
     found = option.footprint
-    fits = found.peak_bytes <= plan.budget_bytes
+    fits = found.needed_bytes <= plan.budget_bytes
     state = "chosen" if option is plan.chosen else "fits" if fits else "does not fit"
     x, parts = 0.0, []
     for name, size in found.sources.items():

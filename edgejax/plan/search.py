@@ -83,13 +83,13 @@ class Plan:
 
     def fitting(self) -> list[Option]:
         """Those within the budget, the fastest first; of equals the first, which rounds least."""
-        fits = [option for option in self.options if option.footprint.peak_bytes <= self.budget_bytes]
+        fits = [option for option in self.options if option.footprint.needed_bytes <= self.budget_bytes]
         return sorted(fits, key=lambda option: -round(option.relative_speed, 3))
 
     def too_large(self) -> list[Option]:
         """The others, the smallest first."""
-        rest = [option for option in self.options if option.footprint.peak_bytes > self.budget_bytes]
-        return sorted(rest, key=lambda option: option.footprint.peak_bytes)
+        rest = [option for option in self.options if option.footprint.needed_bytes > self.budget_bytes]
+        return sorted(rest, key=lambda option: option.footprint.needed_bytes)
 
     @property
     def chosen(self) -> Option | None:
@@ -97,7 +97,7 @@ class Plan:
         return next(iter(self.fitting()), None)
 
     def floor_bytes(self) -> int:
-        """The trees of the smallest option: below it nothing can be trained at all."""
+        """Of the smallest option, what is there whatever is computed again: below it nothing can be trained at all."""
         return min(option.footprint.floor_bytes for option in self.options)
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Plan:
             "evidence": self.evidence,
             "chosen": None if chosen is None else chosen.to_json(),
             "candidates": [
-                option.to_json() | {"fits": option.footprint.peak_bytes <= self.budget_bytes}
+                option.to_json() | {"fits": option.footprint.needed_bytes <= self.budget_bytes}
                 for option in [*self.fitting(), *self.too_large()]
             ],
             "failed": self.failed,
@@ -166,7 +166,7 @@ def make_plan(
     for option in _may_be_longer(plan) if 2 * plan.chosen.candidate.seq <= max_position else ():
         more, why = find([dataclasses.replace(option.candidate, seq=2 * option.candidate.seq)])
         longer, failed = longer + more, failed | why
-        if more and more[0].footprint.peak_bytes <= plan.budget_bytes:
+        if more and more[0].footprint.needed_bytes <= plan.budget_bytes:
             break
     if not longer:
         return plan
@@ -184,7 +184,7 @@ def _may_be_longer(plan: Plan) -> list[Option]:
         return found.running_bytes + found.xla.temp_bytes // 2  # at least half of it is of positions
 
     hopeful = [option for option in fitting if least_bytes(option) <= plan.budget_bytes]
-    return hopeful or [min(fitting, key=lambda option: option.footprint.peak_bytes)]
+    return hopeful or [min(fitting, key=lambda option: option.footprint.needed_bytes)]
 
 
 def find_options(

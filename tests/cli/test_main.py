@@ -149,19 +149,22 @@ def test_a_reader_that_goes_away_is_no_error():
 @pytest.mark.parametrize(
     ("command", "environment", "expected"),
     [
-        ("finetune", {"SET": "1"}, True),
-        ("finetune", None, False),  # it is set already, or would change nothing
-        ("generate", {"SET": "1"}, False),
+        ("finetune --seq 8", {"SET": "1"}, True),
+        ("finetune --seq 8", None, False),  # it is set already, or would change nothing
+        ("finetune --memory 1GB", {"SET": "1"}, False),  # where each byte counts
+        ("finetune --dry-run", {"SET": "1"}, False),
+        ("generate --seq 8", {"SET": "1"}, False),
     ],
 )
 def test_training_restarts_itself_for_huge_pages(command, environment, expected, monkeypatch):
+    words = command.split()
     calls = []
     monkeypatch.setattr(program, "huge_pages_environment", lambda current: environment)
     monkeypatch.setattr(program.os, "execve", lambda *call: calls.append(call))
-    monkeypatch.setattr(sys, "argv", ["edgejax", command, "--seq", "8"])
-    monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "edgejax", command, "--seq", "8"])
+    monkeypatch.setattr(sys, "argv", ["edgejax", *words])
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "edgejax", *words])
     program._restart_with_huge_pages()
-    whole = [sys.executable, "-m", "edgejax", command, "--seq", "8"]
+    whole = [sys.executable, "-m", "edgejax", *words]
     assert calls == ([(sys.executable, whole, environment)] if expected else [])
 
 

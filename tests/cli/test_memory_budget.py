@@ -14,7 +14,7 @@ from edgejax.cli import memory_budget, other_process
 from edgejax.cli.finetune import merge_options
 from edgejax.cli.main import main
 from edgejax.cli.memory_budget import choose_within, least_bytes, settings_to_try
-from edgejax.cli.other_process import packed_file, run_edgejax
+from edgejax.cli.other_process import TooLarge, packed_file, run_edgejax
 from edgejax.core.errors import ConfigError
 
 MB = 10**6
@@ -39,12 +39,14 @@ def asked(monkeypatch):
         seen.append(options)
         running = peak_mb(options) * MB
         return {
-            "running_bytes": running, "compiling_bytes": 250 * MB, "peak_bytes": running, "floor_bytes": TREES * MB,
+            "running_bytes": running, "needed_bytes": round(1.03 * running), "compiling_bytes": 250 * MB, "peak_bytes": running, "floor_bytes": TREES * MB,
             "sources_bytes": {"layer inputs": 100 * MB},
         }  # fmt: skip
 
     monkeypatch.setattr(memory_budget, "dry_run_of", dry_run_of)
-    monkeypatch.setattr(memory_budget, "packed_file", lambda model, base: f"{model}-{base}.ejx")
+    monkeypatch.setattr(
+        memory_budget, "packed_file", lambda model, base, limit: (f"{model}-{base}.ejx", False)
+    )
     return seen
 
 
@@ -104,10 +106,10 @@ def test_what_was_given_stays(asked):
 
 @pytest.mark.quick
 def test_nothing_fits_and_the_nearest_are_named(asked):
-    with pytest.raises(ConfigError, match=r"no setting stays below 190\.7 MiB with 3% to spare") as caught:
+    with pytest.raises(ConfigError, match=r"no setting stays below 190\.7 MiB") as caught:
         choose("200MB")
     assert (
-        "The nearest: 195.5 MiB with --remat full --boundaries int8 --schedule streamed --optimizer adamw8bit"
+        "spare) 201.4 MiB with --remat full --boundaries int8 --schedule streamed --optimizer adamw8bit"
         in str(caught.value)
     )
     assert "alone are 286.1 MiB" in str(caught.value)
@@ -121,7 +123,7 @@ def test_nothing_fits_and_the_nearest_are_named(asked):
         ("much", {}, "'much' is not an amount of memory"),
         ("1GB", {"mesh": "data=2"}, "leave out --mesh"),
         ("1GB", {"dry_run": True}, "leave out --dry-run"),
-        ("1GB", {"remat": "attention"}, "no setting that --memory chooses from goes with the other options"),
+        ("1GB", {"remat": "attention"}, "goes with what was given: --remat$"),
     ],
 )
 def test_refusals(asked, memory, given, message):
@@ -136,11 +138,23 @@ def test_an_error_of_one_setting_is_passed_over_and_one_of_all_is_not_repeated(m
 
     def one_is_too_large_to_compile(options, limit_bytes=None):
         if options["remat"] == "none":
-            raise ConfigError("compiling it takes more than 1")
+            raise ConfigError("it cannot be compiled")
         return answers(options)
 
     monkeypatch.setattr(memory_budget, "dry_run_of", one_is_too_large_to_compile)
     assert names(choose("2GB")) == ("mlp", "bf16", "whole")
+
+    def too_large_but_streamed(options, limit_bytes=None):
+        tries.append(options["schedule"])
+        if options["schedule"] == "whole":
+            raise TooLarge("compiling it takes more than 1")
+        return answers(options)
+
+    tries = []
+    monkeypatch.setattr(memory_budget, "dry_run_of", too_large_but_streamed)
+    assert names(choose("2GB")) == ("full", "bf16", "streamed")
+    assert tries == ["whole", "streamed"]  # other whole steps are compiled alike
+
     tries = []
 
     def never(options, limit_bytes=None):
@@ -150,7 +164,7 @@ def test_an_error_of_one_setting_is_passed_over_and_one_of_all_is_not_repeated(m
     monkeypatch.setattr(memory_budget, "dry_run_of", never)
     with pytest.raises(ConfigError, match="no such model"):
         choose("2GB")
-    assert len(tries) == 2
+    assert len(tries) == 4  # twice for each schedule, which may have errors of its own
 
 
 @pytest.mark.quick
@@ -166,7 +180,7 @@ def test_the_least_is_never_more_than_a_setting_takes():
 def test_another_process_says_what_went_wrong():
     with pytest.raises(ConfigError, match=r"^'600' has no unit; write 600MB or 600GB$"):
         run_edgejax(["plan", "--device", "600"])
-    with pytest.raises(ConfigError, match=r"^compiling it takes more than 10.0 MiB$"):
+    with pytest.raises(TooLarge, match=r"^the check takes more than 10.0 MiB$"):
         run_edgejax(["doctor"], limit_bytes=10 * 2**20)
 
 
@@ -221,7 +235,11 @@ def test_a_run_stays_within_the_memory_that_it_was_given(folder):
     assert result["memory"]["peak_rss_bytes"] < 600 * MB
     done = edgejax(folder, "--memory", "20MB", "--out", "nowhere")
     assert done.returncode == 2
-    assert "compiling it takes more than 19.1 MiB" in done.stderr
+    assert "compiling takes more than 19.1 MiB" in done.stderr
+    done = edgejax(folder, "--memory", "600MB", "--out", "within")
+    assert done.returncode == 2
+    assert "within is not empty" in done.stderr
+    assert "compil" not in done.stderr
     assert not (folder / "nowhere").exists()
 
 
@@ -236,11 +254,11 @@ def test_a_streamed_run_is_packed_once(folder, monkeypatch):
     config = json.loads((folder / "second" / "config.json").read_text())
     assert config["model"]["path"] == str(packed[0])
     monkeypatch.setenv("EDGEJAX_CACHE", str(folder / "cache"))
-    assert packed_file(str(folder / "model"), "auto") == str(packed[0])
-    assert packed_file("some.ejx", "auto") == "some.ejx"
+    assert packed_file(str(folder / "model"), "auto") == (str(packed[0]), False)
+    assert packed_file("some.ejx", "auto") == ("some.ejx", False)
     os.utime(folder / "model" / "config.json")  # it may be another model now
-    monkeypatch.setattr(other_process, "run_edgejax", lambda words: "")
-    assert packed_file(str(folder / "model"), "auto") != str(packed[0])
+    monkeypatch.setattr(other_process, "run_edgejax", lambda words, limit: "")
+    assert packed_file(str(folder / "model"), "auto")[0] != str(packed[0])
 
 
 def test_a_shape_can_be_tried_without_its_weights(capsys):
@@ -259,5 +277,7 @@ def test_a_shape_can_be_tried_without_its_weights(capsys):
     assert json.loads(capsys.readouterr().out)["footprint"]["floor_bytes"] > 0
     assert main([*words, "--epochs", "2"]) == 2
     assert "--epochs counts rows" in capsys.readouterr().err
+    assert main([*words, "--mesh", "data=2"]) == 2
+    assert "leave out --mesh" in capsys.readouterr().err
     assert main([*words[:4], "shape:tinny"]) == 2
     assert "the nearest: tiny" in capsys.readouterr().err

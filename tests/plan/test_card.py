@@ -89,7 +89,7 @@ for number, text in enumerate(request["candidates"]):
     n = candidate["seq"]
     xla = {"argument_bytes": n, "output_bytes": 0, "alias_bytes": 0, "temp_bytes": 0, "generated_code_bytes": 0}
     print(json.dumps({"footprint": {
-        "peak_bytes": n, "sources_bytes": {"trees": n}, "floor_bytes": n, "compiling_bytes": 0, "xla": xla, "bytes_per_parameter": 1, "remark": ""
+        "peak_bytes": n, "sources_bytes": {"trees": n}, "floor_bytes": n, "compiling_bytes": 0, "uncertain_bytes": 0, "xla": xla, "bytes_per_parameter": 1, "remark": ""
     }}), flush=True)
 """
 
