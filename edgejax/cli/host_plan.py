@@ -109,9 +109,10 @@ def plan_for_host(args: argparse.Namespace, place: Place, note: Callable[[str], 
 
     return make_plan(
         args.model,
-        candidates,
+        [one for one in candidates if one.schedule != "streamed"],
         config.max_position,
         find,
+        last_resort=[one for one in candidates if one.schedule == "streamed"],
         device=place.name,
         memory_bytes=place.memory_bytes,
         reserve_bytes=0,  # what is uncertain is of each footprint

@@ -143,6 +143,7 @@ def make_plan(
     memory_bytes: int,
     reserve_bytes: int,
     evidence: str,
+    last_resort: Sequence[Candidate] = (),
 ) -> Plan:
     """Compare candidates, then look what would have to give for rows twice as long.
 
@@ -152,25 +153,28 @@ def make_plan(
       max_position: the model's context.
       find: ``find_options`` with its other arguments given.
       device, memory_bytes, reserve_bytes, evidence: see ``Plan``.
+      last_resort: slower ones, looked at only where nothing else fits.
     """
     about: Any = {
         "model": model, "device": device, "memory_bytes": memory_bytes, "reserve_bytes": reserve_bytes,
         "evidence": evidence,
     }  # fmt: skip
-    options, failed = find(candidates)
-    plan = Plan(options=options, failed=failed, **about)
-    if plan.chosen is None:
+    plan = _with(Plan(options=(), failed={}, **about), *find(candidates))
+    if plan.chosen is None and last_resort:
+        plan = _with(plan, *find(last_resort))
+    if plan.chosen is None or 2 * plan.chosen.candidate.seq > max_position:
         return plan
-    longer: tuple[Option, ...] = ()
-    failed = {}
-    for option in _may_be_longer(plan) if 2 * plan.chosen.candidate.seq <= max_position else ():
-        more, why = find([dataclasses.replace(option.candidate, seq=2 * option.candidate.seq)])
-        longer, failed = longer + more, failed | why
-        if more and more[0].footprint.needed_bytes <= plan.budget_bytes:
+    longer = Plan(options=(), failed={}, **about)
+    rows = [option.candidate for option in _may_be_longer(plan)]
+    for candidate in dict.fromkeys([*rows, *last_resort]):
+        longer = _with(longer, *find([dataclasses.replace(candidate, seq=2 * candidate.seq)]))
+        if longer.chosen is not None:
             break
-    if not longer:
-        return plan
-    return dataclasses.replace(plan, longer=Plan(options=longer, failed=failed, **about))
+    return dataclasses.replace(plan, longer=longer) if longer.options else plan
+
+
+def _with(plan: Plan, options: tuple[Option, ...], failed: dict[str, str]) -> Plan:
+    return dataclasses.replace(plan, options=plan.options + options, failed=plan.failed | failed)
 
 
 def _may_be_longer(plan: Plan) -> list[Option]:
