@@ -82,7 +82,6 @@ def plan_for_host(args: argparse.Namespace, place: Place, note: Callable[[str], 
       ConfigError, WeightsError: an unknown model, or settings that do not go together.
     """
     from edgejax.core.host import cpu_name, host_limits
-    from edgejax.core.sources import sources_sha256
     from edgejax.plan import Candidate
     from edgejax.plan.candidate import abstract_model, is_here
     from edgejax.plan.search import find_options, make_plan
@@ -101,8 +100,8 @@ def plan_for_host(args: argparse.Namespace, place: Place, note: Callable[[str], 
     candidates = [Candidate(**shared | chosen) for chosen in settings_to_try(given, place.memory_bytes)]
     config, _ = abstract_model(args.model, candidates[0].held_base)
     environment = [cpu_name(), host_limits().cores_usable, os.environ.get("XLA_FLAGS", "")]
-    environment += [is_here(args.model), sources_sha256()]
-    store = FootprintStore(["this machine", *environment], note=note)
+    environment += [is_here(args.model)]
+    store = FootprintStore(["this machine", *environment], note=note, without=())
 
     def find(candidates: Sequence[Candidate]):
         return find_options(args.model, candidates, _footprints, store, note)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,20 @@ class FootprintStore:
       target: what is compiled for, in all its figures; the compiler's version included.
       folder: default: ``plans`` in the cache.
       note: told of an entry that cannot be read; it is compiled again.
+      without: rooms of edgejax that footprints do not depend on.
     """
 
     def __init__(
-        self, target: Any, folder: Path | None = None, *, note: Callable[[str], object] = lambda text: None
+        self,
+        target: Any,
+        folder: Path | None = None,
+        *,
+        note: Callable[[str], object] = lambda text: None,
+        without: Collection[str] = ("cli",),
     ):
         self.folder = folder or cache_dir() / "plans"
         self._note = note
-        self._common = [target, package_versions(), sources_sha256(without=["cli"])]
+        self._common = [target, package_versions(), sources_sha256(without=without)]
 
     def path(self, candidate: Candidate, config: ModelConfig, params: PyTree) -> Path:
         """Where the footprint of a candidate is, or would be."""

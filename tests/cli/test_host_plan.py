@@ -22,7 +22,7 @@ def planned(monkeypatch, tmp_path, capsys):
 
     def dry_run_of(options, limit_bytes=None):
         asked.append(options)
-        if options["schedule"] == "streamed" and options["boundaries"] == "int8":
+        if options["schedule"] == "whole" and options["boundaries"] == "int8":
             raise ConfigError("it went wrong")
         kept = {"none": 400, "mlp": 100, "full": 90}[options["remat"]] * options["seq"] // 512 * MB
         return {
@@ -57,9 +57,7 @@ def test_a_plan_for_an_amount(planned):
     assert "it went wrong" in said.out
     assert "--memory 430MB" in said.out
     code, said, asked = planned("--device", "430MB", "--json")
-    assert [(o["schedule"], o["boundaries"]) for o in asked] == [
-        ("streamed", "int8")
-    ] * 2  # the rest was kept
+    assert [(o["schedule"], o["boundaries"]) for o in asked] == [("whole", "int8")]  # the rest was kept
     plan = json.loads(said.out)
     assert plan["chosen"]["settings"]["remat"] == "mlp"
     assert plan["budget_bytes"] == 430 * MB
@@ -78,7 +76,7 @@ def test_a_picture(planned, tmp_path, capsys):
     assert sum(widths) == pytest.approx(
         100 * 400 / 700, abs=0.1
     )  # the longest is 700 MB, and drawn to its end
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 3
     assert text.count(", chosen") == 1
     assert "Rows of 1024 do not fit" in text
     assert "http" not in text  # nothing from anywhere else
