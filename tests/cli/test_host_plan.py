@@ -97,10 +97,11 @@ def test_nothing_fits(planned):
 def test_all_parameters(planned):
     code, said, asked = planned("--device", "2GB", "--full")
     assert code == 0
-    assert [options["optimizer"] for options in asked[:4]] == ["adamw", "adamw8bit", "adamw4bit", "adamw4bit"]
+    tried = sorted(options["optimizer"] for options in asked[:4])  # by two threads
+    assert tried == ["adamw", "adamw4bit", "adamw4bit", "adamw8bit"]
     assert not any(
         {"rank", "sample_tokens"} & set(options) for options in asked
-    )  # their sample may be the most
+    )  # the sample may be the most
     assert "--mode full" in said.out
 
 
