@@ -96,7 +96,7 @@ def test_fingerprint_is_of_what_decides_the_bits():
         "steps": 99, "batch_size": 3, "accumulate": 3, "optimizer": "lion", "optimizer_options": {"b2": 0.9},
         "learning_rate": 0.1, "lr_schedule": "linear", "warmup": 3, "final_rate_fraction": 0.3, "weight_decay": 0.3,
         "clip_norm": 3.0, "schedule": "layerwise", "remat": "none", "boundaries": "bf16", "mlp_tile": 64,
-        "bfloat16": True, "seed": 3,
+        "bfloat16": True, "small_code": True, "seed": 3,
     }  # fmt: skip
     assert set(changes) | set(same) | {"mesh", "spill_to", "clip_by"} == {
         f.name for f in dataclasses.fields(settings)
