@@ -4,13 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edgejax.measure.tables import newest, with_table
+
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
-
-
-def newest(folder: Path = HERE / "results") -> Path | None:
-    """The result file that the table is made from."""
-    return max(folder.glob("*.json"), default=None)
 
 
 def render(path: Path | None) -> str:
@@ -47,12 +43,7 @@ def _gib(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:.2f}"
 
 
-def with_numbers(readme: str, numbers: str) -> str:
-    """The README with its numbers replaced."""
-    head, rest = readme.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{numbers}\n{END}{rest.split(END, 1)[1]}"
-
-
 if __name__ == "__main__":
     target = HERE / "README.md"
-    target.write_text(with_numbers(target.read_text(encoding="utf-8"), render(newest())), encoding="utf-8")
+    table = render(newest(HERE / "results"))
+    target.write_text(with_table(target.read_text(encoding="utf-8"), table), encoding="utf-8")

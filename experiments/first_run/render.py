@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgejax.core.units import format_bytes
+from edgejax.measure.tables import newest, with_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -16,12 +17,6 @@ FIGURES = (
     "peak_rss_bytes",
     "first_step_s",
 )
-BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
-
-
-def newest() -> Path:
-    """The result file that the README is made from."""
-    return max(RESULTS.glob("*.json"))
 
 
 def render(path: Path) -> str:
@@ -73,12 +68,7 @@ def _row(name: str, runs: list[dict[str, Any]]) -> str:
     )
 
 
-def with_numbers(readme: str, numbers: str) -> str:
-    """The README with its numbers replaced."""
-    head, rest = readme.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{numbers}\n{END}{rest.split(END, 1)[1]}"
-
-
 if __name__ == "__main__":
-    target = ROOT / "README.md"
-    target.write_text(with_numbers(target.read_text(encoding="utf-8"), render(newest())), encoding="utf-8")
+    target, result = ROOT / "README.md", newest(RESULTS)
+    assert result is not None  # there is one in the repository
+    target.write_text(with_table(target.read_text(encoding="utf-8"), render(result)), encoding="utf-8")

@@ -5,13 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from edgejax.devices import parse_budget
+from edgejax.measure.tables import newest, with_table
 
 HERE = Path(__file__).resolve().parent
-
-
-def newest(folder: Path = HERE / "results") -> Path | None:
-    """The result file that a table is made from."""
-    return max(folder.glob("*.json"), default=None)
 
 
 def render(path: Path | None) -> str:
@@ -70,12 +66,8 @@ def _budget_row(row: dict[str, Any]) -> str:
 
 def with_tables(readme: str) -> str:
     """The README with its tables replaced."""
-    tables = {"numbers": render(newest()), "budgets": render_budgets(newest(HERE / "budgets"))}
-    for name, table in tables.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        head, rest = readme.split(begin, 1)
-        readme = f"{head}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
-    return readme
+    readme = with_table(readme, render(newest(HERE / "results")))
+    return with_table(readme, render_budgets(newest(HERE / "budgets")), "budgets")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edgejax.measure.tables import newest, with_table
+
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
-
-
-def newest() -> Path:
-    """The result file that the tables are made from."""
-    return max((HERE / "results").glob("*.json"))
 
 
 def render(path: Path) -> str:
@@ -76,13 +72,7 @@ def _temps(found: dict[str, dict[str, int]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Write the tables between the two markers."""
-    readme = HERE / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{render(newest())}\n{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    target, result = HERE / "README.md", newest(HERE / "results")
+    assert result is not None  # there is one in the repository
+    target.write_text(with_table(target.read_text(encoding="utf-8"), render(result)), encoding="utf-8")

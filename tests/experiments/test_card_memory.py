@@ -11,6 +11,7 @@ import pytest
 from helpers.layer_gradients import FAMILIES
 
 from edgejax.data import Batch
+from edgejax.measure.tables import newest, with_table
 from edgejax.models import Decoder, LoraConfig, init_lora
 from edgejax.models import loss as our_loss
 
@@ -60,4 +61,4 @@ def test_the_readme_has_the_table_of_the_newest_result():
     render = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(render)
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert render.with_numbers(readme, render.render(render.newest())) == readme
+    assert with_table(readme, render.render(newest(FOLDER / "results"))) == readme

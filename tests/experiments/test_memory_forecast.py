@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from edgejax.devices import parse_budget
+from edgejax.measure.tables import newest
 from edgejax.plan import process
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "memory_forecast"
@@ -24,8 +25,8 @@ def test_the_readme_has_the_tables_of_the_newest_results():
 
 
 def test_the_constants_are_those_that_were_judged():
-    render, analyse = _module("render"), _module("analyse")
-    record = json.loads(render.newest().read_text(encoding="utf-8"))
+    analyse = _module("analyse")
+    record = json.loads(newest(FOLDER / "results").read_text(encoding="utf-8"))
     for name, value in record["config"].items():
         assert getattr(process, name) == value, f"{name} changed: run experiments/memory_forecast again"
     found = record["results"]
@@ -37,8 +38,7 @@ def test_the_constants_are_those_that_were_judged():
 
 
 def test_runs_stayed_within_the_memory_that_they_were_given():
-    render = _module("render")
-    record = json.loads(render.newest(FOLDER / "budgets").read_text(encoding="utf-8"))
+    record = json.loads(newest(FOLDER / "budgets").read_text(encoding="utf-8"))
     rows = record["results"]["rows"]
     assert [row["amount"] for row in rows] == ["450MB", "600MB", "1GB", "2GB"]
     for row in rows:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from edgejax.data import micro_batches, python_reference
+from edgejax.measure.tables import newest, with_table
 from edgejax.models import Decoder
 from edgejax.train import make_eval_step, make_schedule
 from edgejax.train.recipe import StepRecipe, make_step, start_run
@@ -246,8 +247,7 @@ def test_tokenizer_is_the_same_each_time(parity):
 
 def test_readme_holds_what_the_newest_result_says(parity):
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-    render = parity.render
-    assert render.with_numbers(readme, render.render(render.newest())) == readme
+    assert with_table(readme, parity.render.render(newest(FOLDER / "results"))) == readme
 
 
 @pytest.mark.parametrize("label", ["adamw4bit", "adamw4bit, bfloat16 weights"])

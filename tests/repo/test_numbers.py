@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from edgejax.measure.tables import newest, with_table
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -18,10 +20,15 @@ def render():
 
 def test_readme_holds_what_the_newest_result_says(render):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert render.with_numbers(readme, render.render(render.newest())) == readme
+    assert with_table(readme, render.render(newest(render.RESULTS))) == readme
 
 
 def test_a_changed_number_is_noticed(render):
-    numbers = render.render(render.newest())
-    assert render.with_numbers(f"a {render.BEGIN} 1 {render.END} z", numbers).count(numbers) == 1
+    numbers = render.render(newest(render.RESULTS))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_table(readme.replace("tokens/s", "tokens/h"), numbers) != readme.replace(
+        "tokens/s", "tokens/h"
+    )
     assert "tokens/s" in numbers
+    with pytest.raises(ValueError, match="has no <!-- numbers --> followed by"):
+        with_table("a <!-- /numbers --><!-- numbers --> z", numbers)
