@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 from gguf import GGMLQuantizationType as Type
-from helpers.tiny_model import write_tiny_model
+from helpers.tiny_model import write_tiny_model, write_tiny_text
 from weight_files import gguf_tensors, tiny, write_gguf
 
 from edgejax.cli.main import main
@@ -26,8 +26,7 @@ def folder(tmp_path_factory):
     """A tiny model and a text of a few documents, under names that are not ASCII."""
     folder = tmp_path_factory.mktemp("bad") / "Übung 日本 'x"
     write_tiny_model(folder / "model")
-    lines = [{"text": f"Document {n} says that {n} and {n} make {n + n}. " * 3} for n in range(20)]
-    (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_tiny_text(folder / "text.jsonl")
     return folder
 
 

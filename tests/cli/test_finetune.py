@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.tiny_model import write_tiny_model
+from helpers.tiny_model import write_tiny_model, write_tiny_text
 
 from edgejax.cli.finetune import check_options, lora_config, merge_options, record_of
 from edgejax.cli.finetune_arguments import DEFAULTS, add_arguments
@@ -23,8 +23,7 @@ def folder(tmp_path_factory):
     """A tiny model and a text of a few documents."""
     folder = tmp_path_factory.mktemp("cli")
     write_tiny_model(folder / "model")
-    lines = [{"text": f"Document {n} says that {n} and {n} make {n + n}. " * 3} for n in range(20)]
-    (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_tiny_text(folder / "text.jsonl")
     return folder
 
 

@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from helpers.tiny_model import write_tiny_model
+from helpers.tiny_model import write_tiny_model, write_tiny_text
 
 from edgejax.cli.main import main
 from edgejax.core.units import format_bytes
@@ -55,8 +55,7 @@ def test_a_packed_model_is_named_in_place_of_its_source(folder, tmp_path, capsys
 
 def test_a_packed_model_can_be_trained_and_exported(folder, tmp_path, capsys):
     out, run = tmp_path / "m.ejx", tmp_path / "run"
-    lines = [{"text": f"Document {n} says that {n} and {n} make {n + n}. " * 3} for n in range(20)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_tiny_text(tmp_path / "text.jsonl")
     assert pack("--model", folder, "--base", "int8", "--out", out) == 0
     small = [
         "--seq",

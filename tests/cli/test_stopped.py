@@ -1,7 +1,6 @@
 """What comes from outside while the program runs: signals, streams that go away, disks that are full or read-only."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.tiny_model import write_tiny_model
+from helpers.tiny_model import write_tiny_model, write_tiny_text
 from weight_files import gguf_tensors, tiny, write_gguf
 
 from edgejax.cli import finetune as finetune_command
@@ -25,8 +24,7 @@ def folder(tmp_path_factory):
     """A tiny model and a text of a few documents."""
     folder = tmp_path_factory.mktemp("stopped")
     write_tiny_model(folder / "model")
-    lines = [{"text": f"Document {n} says that {n} and {n} make {n + n}. " * 3} for n in range(20)]
-    (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_tiny_text(folder / "text.jsonl")
     return folder
 
 

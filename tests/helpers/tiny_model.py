@@ -34,6 +34,12 @@ CONFIG = {
 SPECIAL = {"<|begin|>": 256, "<|end|>": 257, "<|pad|>": 258}
 
 
+def write_tiny_text(path: Path) -> None:
+    """Twenty short documents as JSON lines."""
+    lines = [{"text": f"Document {n} says that {n} and {n} make {n + n}. " * 3} for n in range(20)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     """Writes config, weights (float32, seeded) and tokenizer into ``folder`` and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
