@@ -44,7 +44,7 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
       keeps_programs: whether there is a compile cache.
 
     Raises:
-      ConfigError, DataError, WeightsError: as the run would.
+      ConfigError, DataError, WeightsError: as the run would, but that a streamed run needs a packed file.
     """
     from edgejax.cli.finetune import check_sample, load_rows, train_settings
     from edgejax.core.cache import forget_traces
@@ -52,9 +52,9 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
     from edgejax.plan.process import process_footprint
     from edgejax.train.programs import compile_programs
 
-    for name in ("mesh", "coordinator", "resume"):
+    for name in ("mesh", "resume"):
         if getattr(options, name):
-            raise ConfigError(f"--dry-run is of a new run in one process on one device; leave out --{name}")
+            raise ConfigError(f"--dry-run is of a new run on one device; leave out --{name}")
     subject = _open(options)
     rows = None
     if subject.tokenizer is not None:
@@ -85,13 +85,14 @@ def as_text(options: argparse.Namespace, footprint: Any, keeps_programs: bool) -
     from edgejax.core.units import format_bytes
 
     kept = "a run with the same arguments finds them" if keeps_programs else "they could not be kept"
+    if footprint.remark:
+        kept = footprint.remark
     lines = [
         f"{options.model} would take {format_bytes(footprint.running_bytes)} at its most, of which",
         *(f"  {name:<22}{format_bytes(size):>10}" for name, size in footprint.sources.items()),
         f"compiling its programs took {format_bytes(footprint.compiling_bytes)}; {kept}",
-        footprint.remark,
     ]
-    return "\n".join(filter(None, lines))
+    return "\n".join(lines)
 
 
 def _open(options: argparse.Namespace) -> Subject:

@@ -50,6 +50,9 @@ def _other_processes(given: dict[str, Any], again: str) -> contextlib.AbstractCo
     names = ("coordinator", "processes", "process_index")
     if not set(names) & set(given):
         return contextlib.nullcontext()  # JAX is not imported for nothing
+    alone = [f"--{name.replace('_', '-')}" for name in ("memory", "dry_run") if given.get(name)]
+    if alone:  # said before the others are waited for
+        raise ConfigError(f"{alone[0]} is of a run of one process; leave out --coordinator, or {alone[0]}")
     from edgejax.train.processes import joined
 
     return joined(*(given.get(name) for name in names), how_to_go_on=f"{again}, in every process.")

@@ -136,6 +136,6 @@ def _footprint(model: str, candidate: "Candidate") -> "Footprint | str":
     else:  # whose sample takes less than a step
         options["sample_tokens"] = 0
     try:
-        return Footprint.from_json(dry_run_of(options))
+        return Footprint.from_json(dry_run_of(options)[0])
     except ConfigError as error:
         return str(error)

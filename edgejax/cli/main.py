@@ -33,7 +33,6 @@ COMMANDS = {
     "export": "write an adapter or a merged model for other programs",
 }
 
-
 _COUNTED = ("--mem", "--dry")  # --memory and --dry-run, in which every byte is
 
 

@@ -15,10 +15,12 @@ from edgejax.core.errors import ConfigError
 from edgejax.core.units import format_bytes
 from edgejax.devices.budget import parse_budget
 
-MARGIN = 1.03  # what a forecast may be short of
-COMPILING_BYTES = (
-    750_000_000  # below it, steps are compiled with small code: without, 560 to 680 MB have been seen
-)
+# Below it, steps are compiled with small code: without, 540 to 680 MB (whole) and 716 to 869 (layerwise) have been seen.
+COMPILING_BYTES = {
+    "whole": 750_000_000,
+    "layerwise": 950_000_000,
+    "streamed": 0,
+}  # which has small code anyway
 # The fastest first, by their operations (plan.speed).
 LORA: tuple[dict[str, Any], ...] = (
     {"remat": "none"},
@@ -53,10 +55,9 @@ def settings_to_try(given: Mapping[str, Any], memory_bytes: int) -> list[dict[st
         chosen = {"remat": "full", "boundaries": "f32", "schedule": "whole"} | kept
         if any(given.get(name, value) != value for name, value in chosen.items()):
             continue
-        small = (
-            memory_bytes < COMPILING_BYTES and chosen["schedule"] != "streamed"
-        )  # which has small code anyway
-        chosen["small_code"] = given.get("small_code", small)
+        if chosen["schedule"] == "streamed" and given.get("sample_tokens"):
+            continue  # it makes no samples
+        chosen["small_code"] = given.get("small_code", memory_bytes < COMPILING_BYTES[chosen["schedule"]])
         found += [chosen | {"batch": b, "accumulate": a} for b, a in splits]
     return found
 
@@ -73,29 +74,27 @@ def choose_within(options: argparse.Namespace, given: Mapping[str, Any]) -> argp
         no setting goes with.
     """
     memory = parse_budget(options.memory)
-    for name in ("resume", "mesh", "coordinator", "dry_run"):
+    for name in ("resume", "mesh", "dry_run"):
         if getattr(options, name):
             flag = name.replace("_", "-")
-            raise ConfigError(
-                f"--memory chooses the settings of a new run of one process; leave out --{flag}"
-            )
+            raise ConfigError(f"--memory chooses the settings of a new run of one device; leave out --{flag}")
     said = (lambda text: None) if options.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    said(f"looking for settings below {format_bytes(memory)}; a model that is not here is fetched first")
     tried: list[tuple[dict[str, Any], dict[str, Any]]] = []
     failed: list[tuple[str, str]] = []  # schedule and error
     too_large: set[tuple[str, bool]] = set()
     for chosen in settings_to_try(given, memory):
         schedule = chosen["schedule"]
         how = (schedule, chosen["small_code"])
-        is_hopeless = (
-            failed[-1:] and failed[-1][0] == schedule and failed.count(failed[-1]) > 1
-        )  # the same error twice
-        if is_hopeless or how in too_large or any(least_bytes(chosen, *other) > memory for other in tried):
+        if how in too_large or any(failed.count(one) > 1 and one[0] == schedule for one in failed):
+            continue  # compiled alike, or the same error twice
+        if any(least_bytes(chosen, *other) > memory for other in tried):
             continue
         merged = argparse.Namespace(**vars(options) | chosen)
         try:
             if schedule == "streamed":
                 _use_packed_file(merged, memory, said)
-            found = dry_run_of(vars(merged), memory)
+            found, keeps_programs = dry_run_of(vars(merged), memory)
         except TooLarge as error:  # steps that are compiled alike take about as much
             said(f" x {error}: {describe(chosen)}")
             too_large.add(how)
@@ -104,6 +103,11 @@ def choose_within(options: argparse.Namespace, given: Mapping[str, Any]) -> argp
         except ConfigError as error:
             failed.append((schedule, str(error)))
             continue
+        if not keeps_programs:
+            raise ConfigError(
+                "compiled programs cannot be kept, and the run would have the memory that compiling takes; name a writable "
+                "folder in EDGEJAX_CACHE"
+            )
         fits = found["needed_bytes"] <= memory
         said(f"{'->' if fits else ' x'} {format_bytes(found['peak_bytes']):>9}  {describe(chosen)}")
         if fits:

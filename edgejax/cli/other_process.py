@@ -25,26 +25,21 @@ class TooLarge(ConfigError):
     """A process was ended because it reached its limit."""
 
 
-def dry_run_of(options: Mapping[str, Any], limit_bytes: int | None = None) -> dict[str, Any]:
-    """The footprint of a run (JSON), from ``edgejax finetune --dry-run``.
+def dry_run_of(options: Mapping[str, Any], limit_bytes: int | None = None) -> tuple[dict[str, Any], bool]:
+    """The footprint of a run (JSON), and whether its programs were kept, from ``edgejax finetune --dry-run``.
 
     Args:
       options: of ``edgejax finetune``; those that are missing are its defaults.
-      limit_bytes: where that process is ended, as soon as it has more.
+      limit_bytes: see ``run_edgejax``.
 
     Raises:
       TooLarge: it reached the limit.
-      ConfigError: it ended with an error, which this one says; or its programs could not be kept.
+      ConfigError: it ended with an error, which this one says.
     """
     about = {name: value for name, value in options.items() if name not in _NOT_OF_A_DRY_RUN}
     said = run_edgejax(["finetune", *words_of(about), "--dry-run", "--json", "--quiet"], limit_bytes)
     answer = json.loads(said.strip().splitlines()[-1])
-    if not answer["keeps_programs"]:
-        raise ConfigError(
-            "compiled programs cannot be kept, and the run would have the memory that compiling takes; name a writable "
-            "folder in EDGEJAX_CACHE"
-        )
-    return answer["footprint"]
+    return answer["footprint"], answer["keeps_programs"]
 
 
 def packed_file(model: str, base: str, limit_bytes: int | None = None) -> tuple[str, bool]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.tiny_model import write_tiny_model
+from helpers.tiny_model import write_tiny_model, write_tiny_text
 
 from edgejax.cli import memory_budget, other_process
 from edgejax.cli.finetune import merge_options
@@ -18,7 +18,7 @@ from edgejax.cli.other_process import TooLarge, packed_file, run_edgejax
 from edgejax.core.errors import ConfigError
 
 MB = 10**6
-SMALL = ["--seq", "32", "--steps", "4", "--rank", "2", "--sample-tokens", "8", "--eval-rows", "4"]
+SMALL = ["--seq", "32", "--steps", "4", "--eval-rows", "4"]
 TREES = 300
 
 
@@ -38,10 +38,11 @@ def asked(monkeypatch):
     def dry_run_of(options, limit_bytes=None):
         seen.append(options)
         running = peak_mb(options) * MB
-        return {
-            "running_bytes": running, "needed_bytes": round(1.03 * running), "compiling_bytes": 250 * MB, "peak_bytes": running, "floor_bytes": TREES * MB,
-            "sources_bytes": {"layer inputs": 100 * MB},
+        found = {
+            "running_bytes": running, "needed_bytes": round(1.03 * running), "peak_bytes": running,
+            "compiling_bytes": 250 * MB, "floor_bytes": TREES * MB, "sources_bytes": {"layer inputs": 100 * MB},
         }  # fmt: skip
+        return found, options["seed"] != 13
 
     monkeypatch.setattr(memory_budget, "dry_run_of", dry_run_of)
     monkeypatch.setattr(
@@ -84,6 +85,8 @@ def test_small_code_where_compiling_would_not_fit():
     assert {o["small_code"] for o in settings_to_try({}, 10**9)} == {False}
     assert {o["small_code"] for o in settings_to_try({"schedule": "whole"}, 6 * 10**8)} == {True}
     assert {o["small_code"] for o in settings_to_try({"small_code": True}, 10**10)} == {True}
+    full = {(o["schedule"], o["small_code"]) for o in settings_to_try({"mode": "full"}, 8 * 10**8)}
+    assert full == {("whole", False), ("layerwise", True)}  # whose steps take more to compile
 
 
 @pytest.mark.quick
@@ -99,6 +102,10 @@ def test_rows_of_a_step_stay_and_are_split(asked):
 def test_what_was_given_stays(asked):
     assert names(choose("2GB", remat="full", boundaries="int8")) == ("full", "int8", "whole")
     assert {o["schedule"] for o in settings_to_try({"schedule": "streamed"}, 10**9)} == {"streamed"}
+    assert {o["schedule"] for o in settings_to_try({"sample_tokens": 8}, 10**9)} == {
+        "whole"
+    }  # streamed makes none
+    assert {o["schedule"] for o in settings_to_try({"sample_tokens": 0}, 10**9)} == {"whole", "streamed"}
     assert [o["optimizer"] for o in settings_to_try({"mode": "full", "base": "bf16"}, 10**9)] == [
         "adamw8bit", "adamw4bit", "adamw4bit",
     ]  # fmt: skip
@@ -113,6 +120,20 @@ def test_nothing_fits_and_the_nearest_are_named(asked):
         in str(caught.value)
     )
     assert "alone are 286.1 MiB" in str(caught.value)
+
+
+@pytest.mark.quick
+def test_programs_that_cannot_be_kept_are_an_error(asked):
+    with pytest.raises(ConfigError, match="compiled programs cannot be kept"):
+        choose("2GB", seed=13)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("option", [["--memory", "1GB"], ["--dry-run"]])
+def test_many_processes_are_refused_before_they_are_waited_for(option, capsys):
+    words = ["--coordinator", "127.0.0.1:1", "--processes", "2", "--process-index", "1"]
+    assert main(["finetune", *words, *option]) == 2
+    assert f"{option[0]} is of a run of one process" in capsys.readouterr().err
 
 
 @pytest.mark.quick
@@ -188,8 +209,7 @@ def test_another_process_says_what_went_wrong():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("budget")
     write_tiny_model(folder / "model")
-    lines = [{"text": f"Document {n} says that {n} and {n} make {n + n}. " * 3} for n in range(20)]
-    (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_tiny_text(folder / "text.jsonl")
     return folder
 
 
@@ -202,24 +222,28 @@ def edgejax(folder, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
 
 
-def test_a_dry_run_leaves_programs_for_the_run_and_nothing_else(folder):
+LAYERWISE = ["--mode", "full", "--base", "bf16", "--schedule", "layerwise", "--optimizer", "adamw4bit"]
+
+
+@pytest.mark.parametrize("more", [["--rank", "2"], LAYERWISE], ids=["lora", "full"])
+def test_a_dry_run_leaves_programs_for_the_run_and_nothing_else(folder, more):
     before = set(os.listdir(folder))
-    done = edgejax(folder, "--dry-run", "--json")
+    done = edgejax(folder, *more, "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
-    assert set(os.listdir(folder)) - before == {"xla"}
+    assert set(os.listdir(folder)) - before <= {"xla"}
     answer = json.loads(done.stdout)
     assert answer["keeps_programs"]
     footprint = answer["footprint"]
     assert footprint["running_bytes"] == sum(footprint["sources_bytes"].values())
     assert footprint["peak_bytes"] == max(footprint["running_bytes"], footprint["compiling_bytes"])
     kept = {path.name for path in (folder / "xla").glob("*-cache")}
-    assert any(name.startswith("jit_step") or "step" in name for name in kept)
-    done = edgejax(folder, "--out", "dry-then-run", "--quiet")
+    assert any("step" in name for name in kept)
+    done = edgejax(folder, *more, "--out", f"run-{len(more)}", "--quiet")
     assert done.returncode == 0, done.stderr
     new = [path for path in (folder / "xla").glob("*-cache") if path.name not in kept]
     largest = max((path.stat().st_size for path in new), default=0)
     assert largest < 20_000, sorted(path.name for path in new)  # single operations; a step is ten times that
-    text = edgejax(folder, "--dry-run").stdout
+    text = edgejax(folder, *more, "--dry-run").stdout
     assert "Python, JAX and data" in text
     assert "compiling its programs took" in text
 

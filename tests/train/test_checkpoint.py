@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from edgejax.core.errors import RunError
@@ -274,6 +275,23 @@ def test_disk_that_fills_keeps_the_last_good_one(tmp_path, monkeypatch):
     assert_same_bits(checkpoints.restore(zeros())[1], state(1))
     checkpoints.save(2, state(2), data_position=20)  # and goes on when there is room again
     assert checkpoints.steps() == [1, 2]
+
+
+def test_a_leaf_at_a_time_is_written(tmp_path, monkeypatch):
+    limits = []
+    usual = ocp.StandardCheckpointHandler
+
+    def handler(*, save_concurrent_gb, **kwargs):
+        limits.append(save_concurrent_gb * 1e9)
+        return usual(save_concurrent_gb=save_concurrent_gb, **kwargs)
+
+    monkeypatch.setattr(ocp, "StandardCheckpointHandler", handler)
+    saved(tmp_path, steps=(1, 2))
+    checkpoints, _ = open_in(tmp_path)
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(state())]
+    assert [round(limit) for limit in limits] == [max(sizes) + 1]  # of all leaves Orbax would copy the sum
+    assert sum(sizes) > max(sizes) + 1
+    assert_same_bits(checkpoints.restore(zeros())[1], state(2))
 
 
 def test_place_that_cannot_be_written(tmp_path):
