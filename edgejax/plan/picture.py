@@ -9,8 +9,10 @@ from edgejax.core.units import format_bytes
 from edgejax.measure.report_style import STYLE
 from edgejax.plan.search import Option, Plan
 
-_COLOURS = 6  # of the style sheet, in turn
+_COLOURS = 10  # six of the style sheet and four of its own, in turn; a plan has at most ten sources
 _STYLE = """
+:root{--c6:#b0413e;--c7:#0f8b9d;--c8:#c9a227;--c9:#d77fa1}
+.p6{fill:var(--c6)}.p7{fill:var(--c7)}.p8{fill:var(--c8)}.p9{fill:var(--c9)}
 .scale{position:relative;margin:.35rem 0 .9rem}.scale svg{display:block;width:100%;height:1.6rem;border-radius:4px}
 .limit{stroke:var(--ink);stroke-width:2;vector-effect:non-scaling-stroke}.all{fill:var(--line)}
 .key span::before{width:.75rem;height:.75rem;border-radius:3px;background:var(--c)}
@@ -31,6 +33,7 @@ def plan_html(plan: Plan) -> str:
         f'<span style="--c:var(--c{number % _COLOURS})">{html.escape(name)}</span>'
         for number, name in enumerate(names)
     )
+    reserve = f" less {format_bytes(plan.reserve_bytes)} in reserve" if plan.reserve_bytes else ""
     title = html.escape(f"{plan.model} on {plan.device}")
     bars = "".join(_bar(plan, option, names, scale) for option in options)
     failed = "".join(
@@ -42,8 +45,8 @@ def plan_html(plan: Plan) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><title>{title} - edgejax plan</title>'
         f"<style>{STYLE}{_STYLE}</style></head>\n<body><main>"
-        f'<header><p class="over">edgejax plan</p><h1>{title}</h1><p class="sub">{format_bytes(plan.memory_bytes)} of memory, '
-        f"{format_bytes(plan.reserve_bytes)} of them in reserve. Bytes: {html.escape(plan.evidence)}. Speed: calculated "
+        f'<header><p class="over">edgejax plan</p><h1>{title}</h1><p class="sub">{format_bytes(plan.memory_bytes)} of '
+        f"memory{reserve}, up to the line. Bytes: {html.escape(plan.evidence)}. Speed: calculated "
         f"from operations.</p></header>\n<section><div class='key'>{key}</div>{bars}{failed}</section>\n"
         f"{_longer(plan)}</main></body></html>\n"
     )
