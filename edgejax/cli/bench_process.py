@@ -53,7 +53,12 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
     import jax
 
     from edgejax.cli.bench_inputs import open_inputs
-    from edgejax.core.allocator import keep_scratch, release_freed_memory, return_large_blocks_at_once
+    from edgejax.core.allocator import (
+        keep_scratch,
+        release_freed_memory,
+        release_library_code,
+        return_large_blocks_at_once,
+    )
     from edgejax.core.cache import enable_compile_cache, forget_traces
     from edgejax.measure.matmul_peak import SustainedPeak, measure_matmul_peak
     from edgejax.measure.memory import AnonymousPeak, memory_report, process_memory, xla_memory
@@ -82,6 +87,7 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
         compiled = compile_for(inputs.abstract_params)
         compile_s = time.perf_counter() - start_s
         forget_traces()
+        release_library_code()
         after_compile = process_memory()
         params = inputs.load()
         if (
@@ -92,6 +98,7 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
         counted = {} if settings.schedule == "streamed" else frozen  # mapped, not in memory
         del params
         release_freed_memory()
+        release_library_code()
         keep_scratch()
         after_load = process_memory()
         sources = memory_report(

@@ -62,7 +62,8 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
         rows = load_rows(options, subject.tokenizer, subject.config).train
     elif options.epochs is not None:
         raise ConfigError("--epochs counts rows, and rows need the model's tokenizer; give --steps")
-    opened = process_memory().rss_bytes or process_memory().peak_rss_bytes  # before anything is compiled
+    memory = process_memory()  # before anything is compiled
+    opened = memory.anonymous_bytes or memory.peak_rss_bytes
     settings = train_settings(options, rows)
     params = subject.source or subject.params
     programs = compile_programs(subject.config, params, settings, lora, options.seq)

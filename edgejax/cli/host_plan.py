@@ -6,9 +6,11 @@ machine's programs take: a stand-in, and called one.
 
 import argparse
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgejax.cli.dry_run import SHAPE
@@ -120,11 +122,12 @@ def plan_for_host(args: argparse.Namespace, place: Place, note: Callable[[str], 
 
 
 def _footprints(model: str, candidates: "Sequence[Candidate]") -> "Iterator[Footprint | str]":
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield from pool.map(partial(_footprint, model), candidates)
+    # A program that is kept already would not say what compiling it takes.
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_AT_ONCE) as pool:
+        yield from pool.map(partial(_footprint, model, Path(folder)), candidates)
 
 
-def _footprint(model: str, candidate: "Candidate") -> "Footprint | str":
+def _footprint(model: str, programs: Path, candidate: "Candidate") -> "Footprint | str":
     import dataclasses
 
     from edgejax.plan import Footprint
@@ -136,6 +139,6 @@ def _footprint(model: str, candidate: "Candidate") -> "Footprint | str":
     else:  # whose sample takes less than a step
         options["sample_tokens"] = 0
     try:
-        return Footprint.from_json(dry_run_of(options)[0])
+        return Footprint.from_json(dry_run_of(options, programs=programs)[0])
     except ConfigError as error:
         return str(error)

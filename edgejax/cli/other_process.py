@@ -25,19 +25,23 @@ class TooLarge(ConfigError):
     """A process was ended because it reached its limit."""
 
 
-def dry_run_of(options: Mapping[str, Any], limit_bytes: int | None = None) -> tuple[dict[str, Any], bool]:
+def dry_run_of(
+    options: Mapping[str, Any], limit_bytes: int | None = None, programs: Path | None = None
+) -> tuple[dict[str, Any], bool]:
     """The footprint of a run (JSON), and whether its programs were kept, from ``edgejax finetune --dry-run``.
 
     Args:
       options: of ``edgejax finetune``; those that are missing are its defaults.
-      limit_bytes: see ``run_edgejax``.
+      limit_bytes, programs: see ``run_edgejax``.
 
     Raises:
       TooLarge: it reached the limit.
       ConfigError: it ended with an error, which this one says.
     """
     about = {name: value for name, value in options.items() if name not in _NOT_OF_A_DRY_RUN}
-    said = run_edgejax(["finetune", *words_of(about), "--dry-run", "--json", "--quiet"], limit_bytes)
+    said = run_edgejax(
+        ["finetune", *words_of(about), "--dry-run", "--json", "--quiet"], limit_bytes, programs
+    )
     answer = json.loads(said.strip().splitlines()[-1])
     return answer["footprint"], answer["keeps_programs"]
 
@@ -91,19 +95,23 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def run_edgejax(words: Sequence[str], limit_bytes: int | None = None) -> str:
+def run_edgejax(words: Sequence[str], limit_bytes: int | None = None, programs: Path | None = None) -> str:
     """What ``edgejax`` prints in a process of its own.
 
     Args:
       words: its arguments.
       limit_bytes: it is ended when it has almost as much (looked at every 5 ms; Linux).
+      programs: the folder of its compile cache; None: as it chooses.
 
     Raises:
       TooLarge: it was ended.
       ConfigError: it failed.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as complaints, tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen([sys.executable, "-m", "edgejax", *words], stdout=said, stderr=complaints)
+        environment = os.environ | ({} if programs is None else {"JAX_COMPILATION_CACHE_DIR": str(programs)})
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edgejax", *words], stdout=said, stderr=complaints, env=environment
+        )
         try:
             while process.poll() is None:
                 if limit_bytes is not None and _resident_bytes(process.pid) > _SPARE * limit_bytes:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgejax.core.allocator import release_freed_memory
+from edgejax.core.allocator import release_freed_memory, release_library_code
 from edgejax.core.arrays import PyTree
 from edgejax.core.host import cpu_name, host_limits, package_versions
 from edgejax.core.units import format_bytes, format_seconds
@@ -44,6 +44,7 @@ def finish(
       RunError: a file cannot be written; the checkpoints are whole, so resuming writes it again.
     """
     release_freed_memory()  # of training: the sample compiles programs of its own
+    release_library_code()
     model: LoadedModel | OpenedModel = result.model
     trained = write_trained(model, lora, result)
     sample = make_sample(options, model, lora, result)

@@ -2,7 +2,8 @@
 
 XLA's buffer assignment says what a step has; what it does not see was measured (``experiments/memory_forecast``): the code
 of the programs and what JAX keeps of them, the scratch of matrix products, and the least that any step, evaluation or
-sample takes for a moment. Python, JAX and the data are not a constant: they are read off the process that compiles.
+sample takes for a moment. Python, JAX and the data are not a constant: they are read off the process that compiles, but for
+the code of libraries, which a run gives back when it has compiled and of which it takes up again what it uses.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from edgejax.train.receipt import make_receipt
 from edgejax.train.recipe import abstract_run
 from edgejax.train.settings import TrainSettings
 
+LIBRARY_BYTES = 60_000_000  # mapped code and constants in use while training
 PROGRAMS_BYTES = {  # step, evaluation and the small ones, loaded from the compile cache
     "whole": 60_000_000,
     "layerwise": 125_000_000,
@@ -72,7 +74,7 @@ def process_footprint(
       settings: of the run.
       lora: its adapters; None: all parameters train.
       seq_length: positions of a row.
-      opened_bytes: resident in a process that has opened the model and the data, before anything was compiled.
+      opened_bytes: anonymous memory of a process that has opened the model and the data, before anything was compiled.
       compiling_bytes: the most a process had that compiled them.
       source: the layers of a streamed run.
       samples: whether a prompt is continued when it ends.
@@ -84,6 +86,7 @@ def process_footprint(
     if settings.spill_to is not None:  # they wait in a file
         receipt = dataclasses.replace(receipt, boundaries_bytes=0)
     xla = xla_memory(programs.step)
+    opened_bytes += LIBRARY_BYTES
     programs_bytes, scratch = PROGRAMS_BYTES[settings.schedule], SCRATCH_BYTES[settings.schedule]
     sources = {"Python, JAX and data": opened_bytes, "programs": programs_bytes}
     if streamed:

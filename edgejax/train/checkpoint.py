@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from edgejax.core.allocator import release_freed_memory
+from edgejax.core.allocator import release_freed_memory, release_library_code
 from edgejax.core.arrays import PyTree
 from edgejax.core.errors import RunError
 from edgejax.core.host import disk_free_bytes, package_versions
@@ -129,6 +129,7 @@ class Checkpoints:
             for folder in (self.folder, self.folder.parent):
                 _fsync_folder(folder)
             release_freed_memory()
+            release_library_code()
         except _UNREADABLE as error:
             self.close()
             self._remove_unfinished()

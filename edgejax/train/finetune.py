@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from edgejax.core.allocator import keep_scratch, release_freed_memory
+from edgejax.core.allocator import keep_scratch, release_freed_memory, release_library_code
 from edgejax.core.arrays import PyTree
 from edgejax.core.cache import forget_traces
 from edgejax.core.errors import ConfigError, Interrupted, RunError
@@ -152,6 +152,7 @@ def finetune(
         del loaded
         jax.block_until_ready(state)
         release_freed_memory()  # of compiling its small program, and of the base
+        release_library_code()
         if not streamed:  # which gives everything back after each layer
             keep_scratch()
         phases.append(phase_memory("loading"))
@@ -244,6 +245,7 @@ def _compile(
     else:
         params = model.abstract_params() if isinstance(model, OpenedLike) else model.params
     programs = compile_programs(model.config, params, settings, lora, train.seq_length)
+    release_library_code()  # of the compiler, before there are weights
     if streamed or not isinstance(model, OpenedLike):
         phases.append(phase_memory("compiling"))
         return programs, model  # type: ignore[return-value]

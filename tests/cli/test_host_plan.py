@@ -20,7 +20,8 @@ def planned(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("EDGEJAX_CACHE", str(tmp_path))
     asked = []
 
-    def dry_run_of(options, limit_bytes=None):
+    def dry_run_of(options, limit_bytes=None, programs=None):
+        assert not list(programs.iterdir())  # what compiling takes is not known of a program that was kept
         asked.append(options)
         if options["schedule"] == "whole" and options["boundaries"] == "int8":
             raise ConfigError("it went wrong")
@@ -73,7 +74,9 @@ def test_a_picture(planned, tmp_path, capsys):
     assert code == 0
     text = page.read_text()
     parsed = xml.etree.ElementTree.fromstring(re.search(r"<svg.*?</svg>", text)[0])
-    widths = [float(part.get("width")) for part in parsed.iter("rect")]
+    drawn = list(parsed.iter("rect"))
+    widths = [float(part.get("width")) for part in drawn]
+    assert len({part.get("class") for part in drawn}) == len(drawn)  # a colour each
     assert sum(widths) == pytest.approx(
         100 * 400 / 700, abs=0.1
     )  # the longest is 700 MB, and drawn to its end
@@ -129,5 +132,5 @@ def test_a_plan_by_the_real_compiler(capsys, monkeypatch, tmp_path):
     assert plan["chosen"]["settings"]["remat"] == "none"
     assert len(plan["candidates"]) == 4
     for candidate in plan["candidates"]:
-        assert 150 * MB < candidate["sources_bytes"]["Python, JAX and data"] < 430 * MB
+        assert 100 * MB < candidate["sources_bytes"]["Python, JAX and data"] < 430 * MB
         assert candidate["compiling_bytes"] > candidate["sources_bytes"]["Python, JAX and data"]

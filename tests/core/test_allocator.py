@@ -27,6 +27,20 @@ print(before - process_memory().anonymous_bytes)
 """
 
 
+CODE = """
+import edgejax, jax, jax.numpy as jnp
+from edgejax.core.allocator import release_library_code
+from edgejax.measure.memory import process_memory
+double = jax.jit(lambda x: x @ x)
+first = double(jnp.ones((64, 64)))
+before = process_memory().file_bytes
+assert release_library_code() > 0
+print(before - process_memory().file_bytes)
+assert (double(jnp.ones((64, 64))) == first).all()  # what ran still runs
+assert jax.jit(lambda x: x * 3)(2.0) == 6.0  # and so does the compiler
+"""
+
+
 def printed_by(program: str, *arguments: str, environment=None) -> int:
     """The number that a process of its own prints."""
     command = [sys.executable, "-c", program, *arguments]
@@ -138,3 +152,19 @@ def test_large_blocks_get_huge_pages():
     asked = allocator.huge_pages_environment({**plain, "GLIBC_TUNABLES": ""})
     assert printed_by(HUGE_PROGRAM, environment=plain) > 16_000  # 64 MiB in pages of 4 KiB
     assert printed_by(HUGE_PROGRAM, environment=asked) < 2_000
+
+
+@pytest.mark.quick
+@pytest.mark.skipif(allocator._c_function("madvise") is None, reason="needs Linux")
+def test_code_of_libraries_is_given_back_and_still_runs():
+    assert printed_by(CODE) > 20 * MIB
+
+
+@pytest.mark.quick
+def test_only_code_that_cannot_be_written_is_given_back():
+    lines = [
+        "1000-2000 r-xp 00000000 08:01 7    /lib/a b.so", "2000-3000 rwxp 00000000 08:01 7    /lib/a b.so",
+        "3000-4000 r--p 00000000 08:01 7    /lib/a b.so", "4000-5000 r-xp 00000000 00:00 0", "5000-6000 r-xs 0 08:01 7 /lib/c.so",
+        "6000-7000 r-xp 00000000 00:00 0    [vdso]",
+    ]  # fmt: skip
+    assert allocator.code_mappings("\n".join(lines)) == [(0x1000, 0x2000)]  # relocated data would be lost
