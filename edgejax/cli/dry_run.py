@@ -68,11 +68,11 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
     params = subject.source or subject.params
     programs = compile_programs(subject.config, params, settings, lora, options.seq)
     forget_traces()
-    _compile_rest(options, subject, programs, settings, lora)
+    sample_temp = _compile_rest(options, subject, programs, settings, lora)
     footprint = process_footprint(
         programs, subject.config, settings, lora, options.seq,
         opened_bytes=opened, compiling_bytes=process_memory().peak_rss_bytes, source=subject.source,
-        samples=options.sample_tokens > 0,
+        sample_temp_bytes=sample_temp,
     )  # fmt: skip
     if options.json:
         print(json.dumps({"footprint": footprint.to_json(), "keeps_programs": keeps_programs}))
@@ -124,10 +124,15 @@ def _compile_rest(
     programs: Any,
     settings: "TrainSettings",
     lora: "LoraConfig | None",
-) -> None:
-    """The small programs: the state's beginning and check, the log's learning rates, the sample."""
+) -> int | None:
+    """The small programs: the state's beginning and check, the log's learning rates, the sample.
+
+    Returns:
+      Bytes that the sample's programs take; None: there is no sample.
+    """
     import jax
 
+    from edgejax.measure.memory import xla_memory
     from edgejax.models import Decoder, init_lora
     from edgejax.models.generate import compile_generation
     from edgejax.train.checkpoint import compile_checks
@@ -137,14 +142,17 @@ def _compile_rest(
     compile_start(programs.recipe, subject.config, programs.params, lora)
     compile_checks(abstract_run(programs.recipe, subject.config, programs.params, lora)[1])
     rates(programs.schedule, settings.steps)
-    if not options.sample_tokens or subject.tokenizer is None:
-        return
+    if not options.sample_tokens:
+        return None
     params, adapters = jax.tree.map(_as_pattern, subject.params), {}
     if lora is not None:
         params = subject.params
         adapters = jax.eval_shape(lambda key: init_lora(subject.config, lora, key), jax.random.key(0))
-    n_prompt = len(subject.tokenizer.encode(options.prompt))
-    compile_generation(Decoder(subject.config, lora), params, adapters, n_prompt, options.sample_tokens)
+    n_prompt = 1 if subject.tokenizer is None else len(subject.tokenizer.encode(options.prompt))
+    sample = compile_generation(
+        Decoder(subject.config, lora), params, adapters, n_prompt, options.sample_tokens
+    )
+    return max(xla_memory(program).temp_bytes for program in sample)
 
 
 def _as_pattern(leaf: Any) -> Any:

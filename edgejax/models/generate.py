@@ -194,7 +194,7 @@ def token_steps(
 
 def compile_generation(
     decoder: Decoder, params: PyTree, adapters: PyTree, n_prompt: int, max_tokens: int
-) -> None:
+) -> list[jax.stages.Compiled]:
     """Compile what ``generate`` runs for the likeliest tokens, to have it in the compile cache.
 
     Args:
@@ -203,13 +203,16 @@ def compile_generation(
       adapters: of its adapters; ``{}``: none.
       n_prompt: tokens of the prompt.
       max_tokens: new ones.
+
+    Returns:
+      The programs: of the prompt, and of one token more.
     """
     padded = jax.ShapeDtypeStruct((1, bucket(n_prompt)), np.int32)
     capacity = max(bucket(n_prompt + max_tokens), padded.shape[1])
     length, sampling = jax.ShapeDtypeStruct((), np.int32), make_sampling(0.0, 1.0, 0)
     start = _start.lower(decoder, capacity, params, adapters, padded, length, jax.random.key(0), sampling)
-    start.compile()
-    _advance.lower(decoder, start.out_info, params, adapters, sampling).compile()
+    advance = _advance.lower(decoder, start.out_info, params, adapters, sampling)
+    return [start.compile(), advance.compile()]
 
 
 class _State(NamedTuple):

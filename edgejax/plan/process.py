@@ -21,20 +21,20 @@ from edgejax.train.receipt import make_receipt
 from edgejax.train.recipe import abstract_run
 from edgejax.train.settings import TrainSettings
 
-LIBRARY_BYTES = 60_000_000  # mapped code and constants in use while training
+LIBRARY_BYTES = 48_000_000  # mapped code and constants in use while training
 PROGRAMS_BYTES = {  # step, evaluation and the small ones, loaded from the compile cache
     "whole": 60_000_000,
-    "layerwise": 125_000_000,
+    "layerwise": 138_000_000,
     "streamed": 60_000_000,
 }
 SCRATCH_BYTES = {  # matrix products and their threads, at the same time as the step's own memory
     "whole": 42_000_000,
     "layerwise": 42_000_000,
-    "streamed": 52_000_000,
+    "streamed": 62_000_000,
 }
-SAVING_BYTES = 100_000_000  # copies of leaves, and what saves them; there while a step's memory is not
+SAVING_BYTES = 85_000_000  # copies of leaves, and what saves them; there while a step's memory is not
 UNCERTAIN = {"whole": 0.05, "layerwise": 0.05, "streamed": 0.03}  # 4.1%, 2.8% and 1.3% have been seen
-SAMPLE_BYTES = 120_000_000  # of a sample's programs and what they widen
+SAMPLE_BYTES = 217_000_000  # beside both models: of all programs, and of reading the base once more
 
 
 class LayerShapes:
@@ -64,7 +64,7 @@ def process_footprint(
     opened_bytes: int,
     compiling_bytes: int,
     source: Any = None,
-    samples: bool = False,
+    sample_temp_bytes: int | None = None,
 ) -> Footprint:
     """Bytes by source of a run whose programs are in the compile cache.
 
@@ -77,7 +77,7 @@ def process_footprint(
       opened_bytes: anonymous memory of a process that has opened the model and the data, before anything was compiled.
       compiling_bytes: the most a process had that compiled them.
       source: the layers of a streamed run.
-      samples: whether a prompt is continued when it ends.
+      sample_temp_bytes: of the programs that continue a prompt when it ends; None: there is no sample.
     """
     streamed = settings.schedule == "streamed"
     frozen, state = abstract_run(programs.recipe, config, programs.params, lora)
@@ -99,8 +99,8 @@ def process_footprint(
         sources["scratch"] = max(scratch, SAVING_BYTES - xla.temp_bytes)
     trees = {tree.name: tree.n_bytes for tree in receipt.trees}
     floor = opened_bytes + sum(trees.values()) + sources.get("mapped weights", 0)
-    if samples and lora is None:  # the base is read again, beside what was trained
-        sample = opened_bytes + programs_bytes + 2 * trees["weights"] + SAMPLE_BYTES
+    if sample_temp_bytes is not None and lora is None:  # the base is read again, beside what was trained
+        sample = opened_bytes + 2 * trees["weights"] + sample_temp_bytes + SAMPLE_BYTES
         sources["beyond it, the sample"] = max(0, sample - sum(sources.values()))
     return Footprint(
         sources={name: size for name, size in sources.items() if size},
