@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from edgejax.models.config import ModelConfig
 
 TYPES = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q4_K)
-TYPES = (*TYPES, Type.Q5_K, Type.Q6_K)
+TYPES = (*TYPES, Type.Q5_K, Type.Q6_K, Type.TQ2_0)
 _HALF_OFFSETS = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,)}  # float16 fields of a block
 VOCAB = 96
 BYTES = [chr(c) for c in (*range(33, 127),)]  # 94 printable byte-level symbols

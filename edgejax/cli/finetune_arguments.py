@@ -91,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--base",
         choices=BASES,
-        help="how the frozen weights are held; auto: as they came where that is exact; with --mode full: bf16 trains "
+        help="how the frozen weights are held; auto: as they came where that is exact; ternary: for models "
+        "that were trained so; with --mode full: bf16 trains "
         "matrices in bfloat16 with stochastic rounding",
     )
     add("--data", nargs="+", metavar="PATH", help="text, JSON lines, folders of them, or python-reference")

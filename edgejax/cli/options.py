@@ -6,7 +6,7 @@ from pathlib import Path
 from edgejax.core.errors import ConfigError
 
 INT32_MAX = 2**31 - 1  # what arrays count with
-BASES = ("auto", "int8", "int4", "bf16", "f32")
+BASES = ("auto", "int8", "int4", "ternary", "bf16", "f32")
 DEFAULT_MODEL = "smollm2-135m"
 
 
@@ -23,7 +23,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, adapter: bool) -> No
         "--base",
         choices=BASES,
         default="auto",
-        help="how the frozen weights are held; auto: as they came where that is exact (default: %(default)s)",
+        help="how the frozen weights are held; auto: as they came where that is exact; ternary: for models that "
+        "were trained so (default: %(default)s)",
     )
     if adapter:
         group.add_argument(

@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from edgejax.cli.options import DEFAULT_MODEL, whole_number
+from edgejax.cli.options import BASES, DEFAULT_MODEL, whole_number
 
 if TYPE_CHECKING:
     from edgejax.plan import Option, Plan
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--full", dest="mode", action="store_const", const="full", help="all parameters")
     parser.set_defaults(mode="lora")
     parser.add_argument(
-        "--base", choices=("auto", "int4", "int8", "bf16", "f32"),
+        "--base", choices=BASES,
         help="how frozen weights are held (default: int4 for a card and for a model that is not here, else auto); auto: as the file has them",
     )  # fmt: skip
     parser.add_argument("--rank", type=whole_number, help="of adapters (default: 8)")

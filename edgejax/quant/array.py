@@ -1,12 +1,13 @@
-"""A weight held in 4 or 8 bits, one scale (and for affine codes one minimum) a block of inputs.
+"""A weight held in 2, 4 or 8 bits, one scale (and for affine codes one minimum) a block of inputs.
 
     w[o, i] = code[o, i] * scale[o, i // Q] + minimum[o, i // Q]
 
 This is exactly GGUF's Q4_1 and Q4_K (affine, 4 bits), Q4_0 (its minimum is -8 * scale), Q8_0 (8 bits, no
-minimum), Q5_K and Q6_K (their codes fit 8 bits), so a file in those types is held without any change of
-value. Invariants: codes of 4 bits are 0..15, packed eight to a ``uint32`` word, element ``i`` in bits
-``4 * (i % 8)`` of word ``i // 8`` (words, not bytes: mobile GPU compilers get sub-word shifts wrong); codes of
-8 bits are ``int8``; a block never crosses a row; an all-zero block decodes to exact zeros.
+minimum), Q5_K and Q6_K (their codes fit 8 bits) and TQ2_0 (ternary), so a file in those types is held without any change
+of value. Invariants: codes of 8 bits are ``int8``; those of 4 bits are 0..15; those of 2 bits are ternary, -1, 0 and 1,
+stored as 0, 1 and 2, and have no minimum. Codes of fewer than 8 bits are packed into ``uint32`` words, ``n = 32 // bits`` to
+one, element ``i`` in bits ``bits * (i % n)`` of word ``i // n`` (words, not bytes: mobile GPU compilers get sub-word
+shifts wrong). A block never crosses a row; an all-zero block decodes to exact zeros.
 """
 
 import dataclasses
@@ -18,8 +19,16 @@ from jaxtyping import Float, Int, UInt16
 
 from edgejax.core.arrays import Array, ArrayLike
 
-NIBBLES_PER_WORD = 8
-NIBBLE_SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
+TERNARY = 2  # bits of a code
+
+
+def codes_per_word(bits: int) -> int:
+    """Codes in an element of ``QuantizedArray.codes``.
+
+    >>> codes_per_word(2), codes_per_word(4), codes_per_word(8)
+    (16, 8, 1)
+    """
+    return 1 if bits == 8 else 32 // bits
 
 
 @jax.tree_util.register_dataclass
@@ -28,10 +37,10 @@ class QuantizedArray:
     """``[..., O, I]`` weights in ``bits`` bits; see the module's docstring for the code.
 
     Attributes:
-      codes: 4 bits: uint32 ``[..., O, I // 8]``; 8 bits: int8 ``[..., O, I]``.
+      codes: 2 and 4 bits: uint32 ``[..., O, I * bits // 32]``; 8 bits: int8 ``[..., O, I]``.
       scale: float16 or float32 ``[..., O, I // Q]``.
       minimum: as ``scale``, or None for a symmetric code.
-      bits: 4 or 8 (static).
+      bits: 2, 4 or 8 (static).
     """
 
     codes: Int[ArrayLike, "..."]
@@ -43,7 +52,7 @@ class QuantizedArray:
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight it stands for."""
         *lead, last = self.codes.shape
-        return (*lead, last * NIBBLES_PER_WORD if self.bits == 4 else last)
+        return (*lead, last * codes_per_word(self.bits))
 
     @property
     def ndim(self) -> int:
@@ -148,8 +157,10 @@ def dequantize(weight: Weight, dtype=jnp.float32) -> Float[Array, "..."]:
         return jnp.asarray(weight).astype(dtype)
     shape = weight.shape
     codes = jnp.asarray(weight.codes)
-    if weight.bits == 4:
-        codes = _nibbles(codes)
+    if weight.bits < 8:
+        codes = _unpacked(codes, weight.bits)
+    if weight.bits == TERNARY:
+        codes = codes - 1
     blocks = codes.astype(jnp.float32).reshape(*shape[:-1], -1, weight.block)
     values = blocks * weight.scale.astype(jnp.float32)[..., None]
     if weight.minimum is not None:
@@ -157,16 +168,16 @@ def dequantize(weight: Weight, dtype=jnp.float32) -> Float[Array, "..."]:
     return values.reshape(shape).astype(dtype)
 
 
-def _nibbles(words: Int[Array, "... W"]) -> Int[Array, "... W 8"]:
-    """The eight codes of each word, int32.
+def _unpacked(words: Int[Array, "... W"], bits: int) -> Int[Array, "... W n"]:
+    """The codes of each word as they are stored, int32.
 
-    The shifts are made from an iota and a 4 that XLA must take for a value of the loop it is in. As constants they
+    The shifts are made from an iota and a number that XLA must take for a value of the loop it is in. As constants they
     would be hoisted out of a scan over layers into an array, and with shifts read from memory LLVM makes a scalar
     loop of the unpacking (measured on 2 AVX2 cores: 0.37 ms for a [1536, 576] weight instead of 0.03).
     """
-    words, four = jax.lax.optimization_barrier((words, jnp.uint32(4)))
-    position = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, NIBBLES_PER_WORD), words.ndim)
-    return ((words[..., None] >> (position * four)) & 15).astype(jnp.int32)
+    words, width = jax.lax.optimization_barrier((words, jnp.uint32(bits)))
+    position = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, codes_per_word(bits)), words.ndim)
+    return ((words[..., None] >> (position * width)) & (2**bits - 1)).astype(jnp.int32)
 
 
 def take_rows(weight: Weight, rows: Int[ArrayLike, "..."], dtype=jnp.float32) -> Float[Array, "... I"]:

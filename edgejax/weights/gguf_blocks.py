@@ -12,6 +12,7 @@ A block type is exact here because what multiplies a code is exact in the scale 
 | Q4_K | 32 | 0..15 | f32 d sc (11 + 6 bits) | f32 -(dmin m) |
 | Q5_K | 32 | int8 | f32 d sc | f32 -(dmin m) |
 | Q6_K | 16 | int8, q - 32 | f32 d sc (11 + 7 bits) | |
+| TQ2_0 | 256 | ternary | f16 d | |
 
 ``code * scale`` is exact in float32 too (at most 25 bits, Q6_K, are rounded once, as in ggml), so a fused
 multiply-add gives the same bits as a multiplication and an addition. Layouts: ggml-common.h and ggml-quants.c of
@@ -24,7 +25,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from jaxtyping import UInt8
 
 from edgejax.core.errors import WeightsError
-from edgejax.quant import QuantizedArray
+from edgejax.quant import TERNARY, QuantizedArray, pack_codes
 from edgejax.weights.form import Form
 
 FLOAT_DTYPES = {
@@ -43,6 +44,7 @@ CODE_FORMS = {
     Type.Q4_K: Form(bits=4, block=32, dtype=_F32, has_minimum=True),
     Type.Q5_K: Form(bits=8, block=32, dtype=_F32, has_minimum=True),
     Type.Q6_K: Form(bits=8, block=16, dtype=_F32, has_minimum=False),
+    Type.TQ2_0: Form(bits=TERNARY, block=256, dtype=_F16, has_minimum=False),
 }
 
 
@@ -173,6 +175,14 @@ def _q6_k(rows: np.ndarray) -> QuantizedArray:
     return QuantizedArray(codes, scale.reshape(rows.shape[0], -1), None, bits=8)
 
 
+def _tq2_0(rows: np.ndarray) -> QuantizedArray:
+    blocks = _blocks(rows, 66)
+    halves = blocks[..., :64].reshape(*blocks.shape[:2], 2, 1, 32)
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    codes = ((halves >> shifts) & 3).reshape(rows.shape[0], -1)
+    return QuantizedArray(pack_codes(codes, TERNARY), _f16(blocks, 64), None, bits=TERNARY)
+
+
 _DECODERS = {
     Type.Q8_0: _q8_0,
     Type.Q4_0: _q4_0,
@@ -182,4 +192,5 @@ _DECODERS = {
     Type.Q4_K: _q4_k,
     Type.Q5_K: _q5_k,
     Type.Q6_K: _q6_k,
+    Type.TQ2_0: _tq2_0,
 }

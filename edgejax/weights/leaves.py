@@ -6,6 +6,7 @@ into its place. At no time does a wide copy of a leaf exist, only one of ``CHUNK
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import jax
@@ -15,18 +16,30 @@ from jaxtyping import Int
 
 from edgejax.core.arrays import ArrayLike, PyTree
 from edgejax.core.errors import ConfigError, WeightsError
-from edgejax.quant import QuantizedArray, quantize_int4, quantize_int8
+from edgejax.quant import (
+    TERNARY,
+    QuantizedArray,
+    codes_per_word,
+    quantize_int4,
+    quantize_int8,
+    quantize_ternary,
+    ternary_block,
+)
 from edgejax.weights.form import FLOAT32, Form, convert, float_form, form_of, join_forms, wide
 from edgejax.weights.names import LeafName
 
-Base = Literal["auto", "int8", "int4", "bf16", "f32"]
-BASES: tuple[Base, ...] = ("auto", "int8", "int4", "bf16", "f32")
+Base = Literal["auto", "int8", "int4", "ternary", "bf16", "f32"]
+BASES: tuple[Base, ...] = ("auto", "int8", "int4", "ternary", "bf16", "f32")
 CHUNK_WEIGHTS = 1 << 20  # read and converted at a time: 4 MB as float32
 BLOCK = 32
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _ALIGNMENT = 64  # bytes; device_put on the CPU takes aligned host arrays without a copy
-_CODE_BITS = {"int8": 8, "int4": 4}
-_QUANTIZE: dict[int, Callable[..., QuantizedArray]] = {8: quantize_int8, 4: quantize_int4}
+_CODE_BITS = {"int8": 8, "int4": 4, "ternary": TERNARY}
+_QUANTIZE: dict[int, Callable[..., QuantizedArray]] = {
+    8: quantize_int8,
+    4: quantize_int4,
+    TERNARY: quantize_ternary,
+}
 
 
 class LeafSource(Protocol):
@@ -126,7 +139,7 @@ def matrix_pieces(
         stop = min(start + step, n_rows)
         piece = source.rows(leaf, layer, start, stop)
         _check_finite(source, leaf, layer, piece)
-        piece = plan.quantize(wide(piece), BLOCK) if plan.quantize else convert(piece, plan.form)
+        piece = plan.quantize(wide(piece)) if plan.quantize else convert(piece, plan.form)
         yield slice(start, stop) if order is None else order[start:stop], piece
 
 
@@ -181,6 +194,8 @@ def plan_matrix(
     forms = [source.form(leaf, layer) for layer in layers]
     joined = join_forms(forms)
     name = ".".join(leaf.path)
+    if base == "ternary" and leaf.kind == "table":  # which models with ternary weights have in more bits
+        base = "int8"
     if base == "auto" or (base in _CODE_BITS and _CODE_BITS[base] == joined.bits):
         if len(set(forms)) > 1:
             types = sorted({source.type_name(leaf, layer) for layer in layers})
@@ -196,8 +211,9 @@ def plan_matrix(
         )
         return MatrixPlan(float_form(BFLOAT16))
     bits = _CODE_BITS[base]
-    form = Form(bits=bits, block=BLOCK, dtype=np.dtype(np.float16), has_minimum=bits == 4)
-    return MatrixPlan(form, _QUANTIZE[bits])
+    block = ternary_block(leaf.shape[-1]) if bits == TERNARY else BLOCK
+    form = Form(bits=bits, block=block, dtype=np.dtype(np.float16), has_minimum=bits == 4)
+    return MatrixPlan(form, partial(_QUANTIZE[bits], block=block))
 
 
 def _allocate(form: Form, shape: tuple[int, ...]) -> QuantizedArray | np.ndarray:
@@ -210,8 +226,8 @@ def layout(form: Form, shape: tuple[int, ...]) -> PyTree:
         return jax.ShapeDtypeStruct(shape, form.dtype)
     assert form.block is not None
     *lead, width = shape
-    n_words, code_dtype = (width // 8, np.uint32) if form.bits == 4 else (width, np.int8)
-    codes = jax.ShapeDtypeStruct((*lead, n_words), code_dtype)
+    n_words = width // codes_per_word(form.bits)
+    codes = jax.ShapeDtypeStruct((*lead, n_words), np.int8 if form.bits == 8 else np.uint32)
     scale = jax.ShapeDtypeStruct((*lead, width // form.block), form.dtype)
     return QuantizedArray(codes, scale, scale if form.has_minimum else None, bits=form.bits)  # type: ignore[arg-type]
 

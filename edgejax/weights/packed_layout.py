@@ -15,8 +15,8 @@ and any safetensors reader opens the file:
 
     8 bytes length | JSON | seal || embed || layer.0 || ... || layer.L-1 || final_norm || head || tokenizer
 
-``||`` is a multiple of 4096 bytes. ``QuantizedArray``s are up to three arrays, ``<leaf>.codes`` (U32: 4 bits; I8: 8
-bits), ``.scale`` and ``.minimum``. The format: https://github.com/huggingface/safetensors#format
+``||`` is a multiple of 4096 bytes. ``QuantizedArray``s are up to three arrays, ``<leaf>.codes`` (I8: 8 bits;
+U32: 4 or, where one has 16 weights, 2), ``.scale`` and ``.minimum``. The format: https://github.com/huggingface/safetensors#format
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from edgejax.quant import QuantizedArray
+from edgejax.quant import TERNARY, QuantizedArray
 from edgejax.weights.form import Form, form_of
 from edgejax.weights.leaves import layout, leaf_layers
 from edgejax.weights.names import LeafName, leaf_names
@@ -13,7 +13,11 @@ from edgejax.weights.packed_decode import Complaint
 from edgejax.weights.packed_layout import Header, Part
 
 _FLOATS = ("float32", "float16", "bfloat16")
-_BITS = {"uint32": 4, "int8": 8}  # by type of the codes
+_BITS = {
+    ("uint32", 16): TERNARY,
+    ("uint32", 8): 4,
+    ("int8", 1): 8,
+}  # by type of the codes, and weights to one of them
 
 
 def section_of(leaf: LeafName, layer: int) -> str:
@@ -40,7 +44,8 @@ def leaf_parts(leaf: LeafName, layer: int, parts: dict[str, Part]) -> Any:
     if name in parts:
         return parts[name]
     codes, scale = parts[f"{name}.codes"], parts[f"{name}.scale"]
-    bits = _BITS.get(codes.dtype.name, 0)
+    n_codes = leaf.shape[-1] // codes.shape[-1] if codes.shape and codes.shape[-1] else 0
+    bits = _BITS.get((codes.dtype.name, n_codes), 0)
     return QuantizedArray(codes, scale, parts.get(f"{name}.minimum"), bits=bits)  # type: ignore[arg-type]
 
 
@@ -86,7 +91,7 @@ def _checked_form(leaf: LeafName, parts: Any) -> Form | None:
     scale = parts.scale
     if len(leaf.shape) != 2 or len(scale.shape) != 2 or not scale.shape[1] or not parts.bits:
         return None
-    if scale.dtype.name not in ("float32", "float16") or leaf.shape[1] % scale.shape[1] or leaf.shape[1] % 8:
+    if scale.dtype.name not in ("float32", "float16") or leaf.shape[1] % scale.shape[1]:
         return None
     form = Form(
         bits=parts.bits,

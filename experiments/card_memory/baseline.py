@@ -1,4 +1,4 @@
-"""The step that memory is compared with, and its bytes on a card: ``python baseline.py`` reads a request as JSON.
+"""The step that memory is compared with, and its bytes on a card: ``python baseline.py`` reads requests as a list of JSON.
 
 A decoder as it is usually written: attention's scores and probabilities of all pairs of positions, all logits at once, what the
 backward pass needs kept from the forward one, AdamW with float32 moments. Nothing is recomputed, nothing is quantised.
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from edgejax.core.cache import forget_traces
 from edgejax.measure.memory import xla_memory
 from edgejax.models import LoraConfig, ModelConfig, init_lora
 from edgejax.models.rope import rope_tables, rotate
@@ -116,5 +117,7 @@ def bytes_on_card(request: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    find_shape(json.loads(text := sys.stdin.read())["model"])
-    print(json.dumps({"peak_bytes": bytes_on_card(json.loads(text))}))
+    for one in json.load(sys.stdin):
+        find_shape(one["model"])
+        print(json.dumps({"peak_bytes": bytes_on_card(one)}), flush=True)
+        forget_traces()

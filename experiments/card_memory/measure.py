@@ -31,15 +31,17 @@ CASES = (
 )
 
 
-def baseline_bytes(request: dict[str, Any]) -> int:
-    """Peak of the usual step, compiled in a process of its own."""
+def baseline_bytes(requests: list[dict[str, Any]]) -> list[int]:
+    """Peak of each usual step, compiled in a process of their own."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "baseline.py")], input=json.dumps(request), text=True, capture_output=True,
+        [sys.executable, str(HERE / "baseline.py")], input=json.dumps(requests), text=True, capture_output=True,
         env=compiling_environment(), check=False,
     )  # fmt: skip
     if done.returncode:
-        raise RunError(f"the baseline {request} could not be compiled: {done.stderr.splitlines()[-1:]}")
-    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+        raise RunError(f"the baseline {requests} could not be compiled: {done.stderr.splitlines()[-1:]}")
+    answers = [json.loads(line)["peak_bytes"] for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(answers) == len(requests)
+    return answers
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
@@ -47,11 +49,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     note = lambda text: print(f"{case['model']} {case['mode']}: {text}", flush=True)  # noqa: E731
     card = find_device(CARD)
     plan = plan_for_card(card, case["model"], mode=case["mode"], seq=case["seq"], rank=RANK, note=note)
-    baselines = {}
-    for dtype in ("float32", "bfloat16"):
-        request = case | {"card": card.name, "dtype": dtype, "rank": RANK, "batch": 1}
-        baselines[dtype] = baseline_bytes(request)
-        note(f"the usual step in {dtype}: {format_bytes(baselines[dtype])}")
+    dtypes = ("float32", "bfloat16")
+    asked = [case | {"card": card.name, "dtype": dtype, "rank": RANK, "batch": 1} for dtype in dtypes]
+    baselines = dict(zip(dtypes, baseline_bytes(asked), strict=True))
+    for dtype, size in baselines.items():
+        note(f"the usual step in {dtype}: {format_bytes(size)}")
     options = [option.to_json() for option in plan.options]
     return case | {"options": options, "failed": plan.failed, "baseline_peak_bytes": baselines}
 

@@ -45,7 +45,7 @@ def measure(amount: str) -> dict[str, Any]:
             )  # fmt: skip
             _, status, usage = os.wait4(process.pid, 0)
             said.seek(0)
-            lines = said.read().splitlines()
+            lines = said.read().replace(str(folder), "FOLDER").splitlines()
         row = {
             "amount": amount,
             "exit_status": os.waitstatus_to_exitcode(status),

@@ -1,6 +1,8 @@
 """The step that memory is compared with computes what ours does: otherwise the comparison says nothing."""
 
+import doctest
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.layer_gradients import FAMILIES
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgejax.data import Batch
-from edgejax.measure.tables import newest, with_table
+from edgejax.measure.tables import newest
 from edgejax.models import Decoder, LoraConfig, init_lora
 from edgejax.models import loss as our_loss
 
@@ -56,9 +60,58 @@ def test_loss_and_gradient_are_those_of_the_decoder(baseline, family, mode):
         np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5)
 
 
-def test_the_readme_has_the_table_of_the_newest_result():
-    spec = importlib.util.spec_from_file_location("card_memory_render", FOLDER / "render.py")
-    render = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render)
+@pytest.fixture
+def module_of(monkeypatch):
+    """Imports a script of the experiment, as it is when it runs."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"card_memory_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    sys.modules.pop("lengths", None)
+
+
+def test_the_readme_has_the_tables_of_the_newest_results(module_of):
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert with_table(readme, render.render(newest(FOLDER / "results"))) == readme
+    assert module_of("render").with_tables(readme) == readme
+
+
+def test_examples_of_the_longest_row(module_of):
+    assert doctest.testmod(module_of("lengths")).failed == 0
+
+
+@pytest.mark.parametrize("parabola", [False, True])
+@given(
+    fixed=st.integers(0, 10**9),
+    each=st.integers(1, 10**6),
+    pair=st.integers(0, 100),
+    budget=st.integers(0, 2 * 10**9),
+)
+def test_the_longest_row_is_the_last_that_fits(parabola, fixed, each, pair, budget):
+    spec = importlib.util.spec_from_file_location("card_memory_lengths", FOLDER / "lengths.py")
+    lengths = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lengths)
+    size = lambda n: fixed + each * n + (pair * n * n if parabola else 0)  # noqa: E731
+    points = [{"seq": seq, "peak_bytes": size(seq)} for seq in (512, 1024, 2048)]
+    found = lengths.longest(points, budget, 4096, parabola=parabola)
+    fitting = [seq for seq in range(128, 4097, 128) if size(seq) <= budget]
+    near = [seq for seq in range(128, 4097, 128) if abs(size(seq) - budget) <= 1e-6 * size(4096)]
+    assert found.seq == max(fitting, default=0) or found.seq in near  # of the rounding of a fit
+    if found.seq:
+        assert found.n_bytes == pytest.approx(size(found.seq), rel=1e-6, abs=1e3)
+
+
+def test_what_was_found_is_true_for_the_cards_that_were_asked():
+    """Compiled again at the length that was found, the step takes what was said of it, and fits where it is ours."""
+    record = json.loads(newest(FOLDER / "sequences").read_text(encoding="utf-8"))
+    checks = [one for one in record["results"]["checks"] if one["seq"]]
+    assert len(checks) >= 8
+    for one in checks:
+        budget = record["config"]["cards"][one["card"]] - record["config"]["reserve_bytes"]
+        assert one["predicted_bytes"] <= budget
+        if one["side"] == "ours":
+            assert one["compiled_bytes"] == pytest.approx(one["predicted_bytes"], rel=0.03)

@@ -10,7 +10,7 @@ import pytest
 from edgejax.kernels.quant_matmul import lora_matmul, quant_matmul, quant_matmul_reference
 from edgejax.kernels.quant_matmul.few_rows import FEW_ROWS
 from edgejax.measure.memory import xla_memory
-from edgejax.quant import QuantizedArray, quantize_int4, quantize_int8
+from edgejax.quant import QuantizedArray, quantize_int4, quantize_int8, quantize_ternary
 
 N_OUT, N_IN, RANK = 24, 96, 3
 SCALING = 1.7
@@ -36,6 +36,8 @@ FORMS = {
     "int8 with minimum": affine_int8,
     "int4 without minimum": symmetric_int4,
     "int4 in blocks of 16": functools.partial(quantize_int4, block=16),
+    "ternary": quantize_ternary,
+    "ternary in blocks of 24": functools.partial(quantize_ternary, block=24),
     "bf16": lambda weights: jnp.asarray(weights, jnp.bfloat16),
     "f32": lambda weights: weights,
 }
@@ -60,6 +62,8 @@ def wide(weight):
     codes = np.asarray(weight.codes)
     if weight.bits == 4:
         codes = np.stack([(codes >> (4 * i)) & 15 for i in range(8)], axis=-1).reshape(weight.shape)
+    if weight.bits == 2:
+        codes = np.stack([(codes >> (2 * i)) & 3 for i in range(16)], axis=-1).reshape(weight.shape) - 1.0
     scale, minimum = (
         0 if x is None else np.repeat(np.asarray(x, np.float64), weight.block, axis=-1)
         for x in (weight.scale, weight.minimum)

@@ -12,16 +12,20 @@ from edgejax.core.errors import ConfigError
 from edgejax.core.trees import tree_bytes
 from edgejax.quant import (
     QuantizedArray,
+    codes_per_word,
     dequantize,
-    pack_nibbles,
+    pack_codes,
     quantize_int4,
     quantize_int8,
+    quantize_ternary,
     take_rows,
-    unpack_nibbles,
+    ternary_block,
+    unpack_codes,
 )
 
 pytestmark = pytest.mark.quick
-QUANTIZERS = {4: quantize_int4, 8: quantize_int8}
+QUANTIZERS = {2: quantize_ternary, 4: quantize_int4, 8: quantize_int8}
+EVERY_WIDTH = pytest.mark.parametrize("bits", QUANTIZERS)
 
 
 def weights(shape=(3, 5, 96), seed=0, spread=0.1):
@@ -30,9 +34,10 @@ def weights(shape=(3, 5, 96), seed=0, spread=0.1):
 
 def by_formula(q: QuantizedArray) -> np.ndarray:
     """code * scale + minimum in float64, element by element from the documented bit layout."""
-    if q.bits == 4:
-        words = np.asarray(q.codes)
-        codes = np.stack([(words >> (4 * i)) & 15 for i in range(8)], axis=-1).reshape(q.shape)
+    if q.bits < 8:
+        words, n = np.asarray(q.codes), 32 // q.bits
+        codes = np.stack([(words >> (q.bits * i)) % 2**q.bits for i in range(n)], axis=-1).reshape(q.shape)
+        codes = codes - 1.0 if q.bits == 2 else codes
     else:
         codes = np.asarray(q.codes)
     scale = np.repeat(np.asarray(q.scale, np.float64), q.block, axis=-1)
@@ -40,23 +45,55 @@ def by_formula(q: QuantizedArray) -> np.ndarray:
     return codes * scale + minimum
 
 
+@pytest.mark.parametrize("bits", [2, 4])
 @given(
     hnp.arrays(
-        np.uint8, st.tuples(st.integers(1, 3), st.sampled_from([8, 16, 40])), elements=st.integers(0, 15)
+        np.uint8, st.tuples(st.integers(1, 3), st.sampled_from([16, 32, 80])), elements=st.integers(0, 15)
     )
 )
-def test_nibbles_come_back(codes):
-    words = pack_nibbles(codes)
+def test_codes_come_back(bits, codes):
+    codes, n = codes % 2**bits, codes_per_word(bits)
+    words = pack_codes(codes, bits)
     assert words.dtype == np.uint32
-    assert words.shape == (codes.shape[0], codes.shape[1] // 8)
-    np.testing.assert_array_equal(unpack_nibbles(words), codes)
-    for i in range(8):  # element i of a word is in bits 4 i
-        np.testing.assert_array_equal((words >> (4 * i)) & 15, codes[:, i::8])
+    assert words.shape == (codes.shape[0], codes.shape[1] // n)
+    np.testing.assert_array_equal(unpack_codes(words, bits), codes)
+    for i in range(n):  # element i of a word begins at bit bits * i
+        np.testing.assert_array_equal((words >> (bits * i)) % 2**bits, codes[:, i::n])
 
 
-def test_nibbles_need_whole_words():
-    with pytest.raises(ConfigError, match="multiple of 8, not 12"):
-        pack_nibbles(np.zeros((2, 12), np.uint8))
+@pytest.mark.parametrize(("bits", "needs"), [(2, 16), (4, 8)])
+def test_codes_need_whole_words(bits, needs):
+    with pytest.raises(ConfigError, match=f"{bits}-bit codes .* multiple of {needs}, not 12"):
+        pack_codes(np.zeros((2, 12), np.uint8), bits)
+
+
+@given(
+    st.lists(st.floats(-4, 4, width=32), min_size=16, max_size=16),
+    st.floats(2.0**-10, 8, width=16),
+)
+def test_no_other_ternary_code_has_less_error(values, other_scale):
+    w = np.array([values], np.float32)
+    q = quantize_ternary(w, 16)
+    error = ((by_formula(q) - w) ** 2).sum()
+    nearest = np.clip(np.rint(w / np.float64(other_scale)), -1, 1) * other_scale
+    # the scale is rounded up to float16, or float32 where it is small: 1 part in 2**10 of it
+    slack = 16 * (float(q.scale.max()) * 2.0**-10) ** 2
+    assert error <= ((nearest - w) ** 2).sum() * (1 + 1e-6) + slack + 1e-12
+
+
+@given(
+    hnp.arrays(np.int8, (3, 64), elements=st.integers(-1, 1)),
+    st.floats(2.0**-12, 1000, width=16),
+)
+def test_ternary_weights_stay_as_they_are(codes, scale):
+    w = codes * np.float32(scale)
+    q = quantize_ternary(w)
+    assert q.block == 64
+    np.testing.assert_array_equal(np.asarray(q.dequantize()), w)
+
+
+def test_the_block_of_ternary_codes_divides_a_row():
+    assert [ternary_block(width) for width in (256, 4096, 576, 96, 1536)] == [256, 256, 64, 32, 256]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -86,7 +123,7 @@ def test_no_weight_is_clipped(bits):
         assert (scale * 127 <= unit * 1.001).all()  # rounded up by one float16 step at most
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@EVERY_WIDTH
 def test_a_block_of_zeros_is_exact_zeros(bits):
     w = weights((4, 64))
     w[1, 32:] = 0
@@ -95,14 +132,14 @@ def test_a_block_of_zeros_is_exact_zeros(bits):
     assert np.asarray(dequantize(q))[1, :32].any()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@EVERY_WIDTH
 def test_scales_are_float16_until_that_loses_bits(bits):
     assert QUANTIZERS[bits](weights((4, 64))).scale.dtype == np.float16
     assert QUANTIZERS[bits](weights((4, 64), spread=1e-7)).scale.dtype == np.float32
     assert QUANTIZERS[bits](weights((4, 64), spread=1e9)).scale.dtype == np.float32
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@EVERY_WIDTH
 def test_dequantize_is_the_formula(bits):
     q = QUANTIZERS[bits](weights())
     # one rounding of code * scale + minimum in float32
@@ -110,7 +147,7 @@ def test_dequantize_is_the_formula(bits):
     assert q.dequantize(jnp.bfloat16).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@EVERY_WIDTH
 def test_rows_of_a_table(bits):
     q = QUANTIZERS[bits](weights((11, 64)))
     rows = np.array([[3, 0], [10, 3]])
@@ -119,7 +156,7 @@ def test_rows_of_a_table(bits):
     np.testing.assert_array_equal(take_rows(plain, rows), np.asarray(plain)[rows])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@EVERY_WIDTH
 def test_layers_of_a_stack_under_jit_and_scan(bits):
     q = QUANTIZERS[bits](weights((3, 5, 96)))
     x = jnp.ones((96,))
@@ -134,7 +171,7 @@ def test_layers_of_a_stack_under_jit_and_scan(bits):
     np.testing.assert_array_equal(one.dequantize(), q.dequantize()[1])
 
 
-@pytest.mark.parametrize(("bits", "bits_per_weight"), [(4, 5.0), (8, 8.5)])
+@pytest.mark.parametrize(("bits", "bits_per_weight"), [(2, 2.5), (4, 5.0), (8, 8.5)])
 def test_bytes_are_what_the_code_promises(bits, bits_per_weight):
     q = QUANTIZERS[bits](weights((3, 5, 96)))
     assert q.bits_per_element == bits_per_weight
@@ -142,7 +179,7 @@ def test_bytes_are_what_the_code_promises(bits, bits_per_weight):
     assert (q.shape, q.size, q.ndim) == ((3, 5, 96), 1440, 3)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@EVERY_WIDTH
 def test_rows_that_do_not_divide_into_blocks(bits):
     with pytest.raises(ConfigError, match="rows of 48 weights do not divide into blocks of 32"):
-        QUANTIZERS[bits](np.zeros((2, 48), np.float32))
+        QUANTIZERS[bits](np.zeros((2, 48), np.float32), 32)

@@ -48,7 +48,16 @@ def test_zero_blocks_are_exact_zeros():
 
 
 @pytest.mark.parametrize(
-    "pair", [(Type.Q4_K, Type.Q6_K), (Type.Q4_0, Type.Q8_0), (Type.Q4_1, Type.Q5_K), (Type.Q8_0, Type.F16)]
+    "pair",
+    [
+        (Type.Q4_K, Type.Q6_K),
+        (Type.Q4_0, Type.Q8_0),
+        (Type.Q4_1, Type.Q5_K),
+        (Type.Q8_0, Type.F16),
+        (Type.TQ2_0, Type.Q4_0),
+        (Type.TQ2_0, Type.Q6_K),
+        (Type.TQ2_0, Type.BF16),
+    ],
 )
 def test_mixed_types_share_a_form_that_changes_no_value(pair):
     decoded = []

@@ -24,7 +24,7 @@ from edgejax.weights.params import load_params
 from edgejax.weights.random import RandomSource
 
 pytestmark = pytest.mark.quick
-BASES = ("auto", "int8", "int4", "bf16", "f32")
+BASES = ("auto", "int8", "int4", "ternary", "bf16", "f32")
 
 
 def pack(source, out: Path, base="auto", **options) -> Path:
@@ -88,9 +88,10 @@ def test_a_packed_folder_holds_what_the_folder_is_loaded_as(family, base, tmp_pa
         Type.Q4_1,
         Type.Q4_K,
         Type.Q6_K,
+        Type.TQ2_0,
         lambda name: Type.Q6_K if "blk.1.ffn" in name else Type.Q4_K,
     ],
-    ids=["Q8_0", "Q4_1", "Q4_K", "Q6_K", "mixed"],
+    ids=["Q8_0", "Q4_1", "Q4_K", "Q6_K", "TQ2_0", "mixed"],
 )
 def test_a_packed_gguf_file_holds_what_the_file_is_loaded_as(kind, tmp_path):
     config = tiny("llama", width=256)  # rows of q and k are interleaved in the file
