@@ -61,7 +61,13 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
     )
     from edgejax.core.cache import enable_compile_cache, forget_traces
     from edgejax.measure.matmul_peak import SustainedPeak, measure_matmul_peak
-    from edgejax.measure.memory import AnonymousPeak, memory_report, process_memory, xla_memory
+    from edgejax.measure.memory import (
+        AnonymousPeak,
+        device_peak_bytes,
+        memory_report,
+        process_memory,
+        xla_memory,
+    )
     from edgejax.measure.record import make_record
     from edgejax.measure.timing import process_age_s
     from edgejax.models import LoraConfig
@@ -164,6 +170,7 @@ def measure(settings: BenchSettings, threads: int) -> dict[str, Any]:
         "rss_after_load_bytes": after_load.rss_bytes,
         "rss_after_compile_bytes": after_compile.rss_bytes,
         "peak_rss_after_compile_bytes": after_compile.peak_rss_bytes,
+        "device_peak_bytes": device_peak_bytes(),
         "memory_by_source_bytes": sources.by_source(),
         "bytes_per_parameter": receipt.bytes_per_parameter,
         "receipt": receipt.to_json(),

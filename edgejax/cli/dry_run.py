@@ -46,6 +46,8 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
     Raises:
       ConfigError, DataError, WeightsError: as the run would, but that a streamed run needs a packed file.
     """
+    import jax
+
     from edgejax.cli.finetune import check_sample, load_rows, train_settings
     from edgejax.core.cache import forget_traces
     from edgejax.measure.memory import process_memory
@@ -55,6 +57,11 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
     for name in ("mesh", "resume"):
         if getattr(options, name):
             raise ConfigError(f"--dry-run is of a new run on one device; leave out --{name}")
+    if jax.default_backend() != "cpu":
+        raise ConfigError(
+            f"--dry-run and --memory count the memory of a process that computes on the CPU, and this one does on "
+            f"{jax.devices()[0].device_kind}; `edgejax plan --device this` is of its memory, JAX_PLATFORMS=cpu chooses the CPU"
+        )
     subject = _open(options)
     rows = None
     if subject.tokenizer is not None:

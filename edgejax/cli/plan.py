@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from edgejax.cli.options import BASES, DEFAULT_MODEL, whole_number
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="this",
         metavar="NAME|AMOUNT",
-        help="this machine (this), an amount of its memory (600MB, 1.2GB), a phone (pixel7, ...), or an NVIDIA card that need "
+        help="this machine (this: its GPU, if JAX computes on one), an amount of its memory (600MB, 1.2GB), a phone (pixel7, ...), or an NVIDIA card that need "
         "not be here (rtx3060, rtx4090, a100, ...; default: %(default)s)",
     )
     mode = parser.add_mutually_exclusive_group()
@@ -71,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       ConfigError, WeightsError: as ``plan.plan_for_card`` and ``host_plan.plan_for_host``; an unknown device.
     """
-    from edgejax.cli.host_plan import find_place, plan_for_host
+    from edgejax.cli.host_plan import HERE, find_place, plan_for_host
     from edgejax.cli.options import check_step_size
     from edgejax.core.errors import ConfigError
     from edgejax.devices import find_device, is_budget
-    from edgejax.plan import plan_for_card
+    from edgejax.plan import find_accelerator, plan_for_accelerator, plan_for_card
     from edgejax.plan.picture import write_picture
 
     check_step_size(args.batch, args.seq)
@@ -83,12 +84,15 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "--base and --rank are of LoRA; with --full the plan compares how weights can be held"
         )
-    place = find_place(args.device)
+    accelerator = find_accelerator() if args.device.lower() in HERE else None
+    place = find_place(args.device) if accelerator is None else None
     if place is None:
-        plan = plan_for_card(
-            find_device(args.device), args.model, mode=args.mode, base=args.base or "int4",
-            rank=8 if args.rank is None else args.rank, seq=args.seq, batch=args.batch, accumulate=args.accumulate,
-            note=_note,
+        plan_for = partial(plan_for_card, find_device(args.device)) if accelerator is None else partial(
+            plan_for_accelerator, accelerator
+        )  # fmt: skip
+        plan = plan_for(
+            args.model, mode=args.mode, base=args.base or "int4", rank=8 if args.rank is None else args.rank,
+            seq=args.seq, batch=args.batch, accumulate=args.accumulate, note=_note,
         )  # fmt: skip
     else:
         plan = plan_for_host(args, place, _note)

@@ -186,6 +186,11 @@ def closing_text(result: "FinetuneResult", sample: Sample | None, trained: Path,
     )
     lines.append(f"peak memory          {format_bytes(result.memory.peak_rss_bytes)} resident, of which")
     lines += [f"  {name:<19}{format_bytes(size):>10}" for name, size in memory_by_source(result).items()]
+    device, step = result.memory.device_peak_bytes, result.memory.step_peak_bytes
+    if device is not None and step is not None:
+        lines.append(
+            f"device memory        {format_bytes(device)} in use at its most, {format_bytes(step)} by the compiled step"
+        )
     if sample is not None:
         lines += ["", f"prompt  {sample.prompt}", f"before  {_one_line(sample.before)}"]
         lines += [f"after   {_one_line(sample.after)}"]

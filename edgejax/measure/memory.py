@@ -129,6 +129,32 @@ def xla_memory(compiled: Any) -> XlaMemory:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+    """Memory of an accelerator, as its allocator counts it."""
+
+    limit_bytes: int  # that it may take
+    peak_bytes: int  # the most that was in use since the process began
+
+
+def device_memory(device: Any) -> DeviceMemory | None:
+    """What ``memory_stats`` of a JAX device says; None where it says nothing, as of a CPU.
+
+    >>> device_memory(jax.devices("cpu")[0]) is None
+    True
+    """
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats or "peak_bytes_in_use" not in stats:
+        return None
+    return DeviceMemory(limit_bytes=stats["bytes_limit"], peak_bytes=stats["peak_bytes_in_use"])
+
+
+def device_peak_bytes() -> int | None:
+    """Of this process's devices, the most that one had in use; None where they do not say."""
+    found = [memory.peak_bytes for memory in map(device_memory, jax.local_devices()) if memory is not None]
+    return max(found, default=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PhaseMemory:
     """This process when a phase of a run ended."""
 
@@ -154,6 +180,10 @@ class MemoryReport:
     runtime_bytes: int | None  # resident after imports, before the model: Python, JAX, libraries
     peak_rss_bytes: int
     phases: "tuple[PhaseMemory, ...]" = ()  # in their order
+    step_peak_bytes: int | None = (
+        None  # XLA's, of all arguments, results and temp of the step; None: not compiled
+    )
+    device_peak_bytes: int | None = None  # in use on an accelerator, which is to be compared with the step's
 
     def by_source(self) -> dict[str, int]:
         """Bytes by source, for tables and charts; sources of nothing are left out."""
@@ -186,14 +216,17 @@ def memory_report(
       runtime_bytes: ``process_memory().rss_bytes`` as it was before the model was loaded.
       phases: of the run, in their order.
     """
+    xla = None if compiled is None else xla_memory(compiled)
     return MemoryReport(
         weights_bytes=held_bytes(frozen),
         trainable_bytes=held_bytes(trainable),
         optimizer_bytes=held_bytes(opt_state),
-        activations_bytes=None if compiled is None else xla_memory(compiled).temp_bytes,
+        activations_bytes=None if xla is None else xla.temp_bytes,
         runtime_bytes=runtime_bytes,
         peak_rss_bytes=process_memory().peak_rss_bytes,
         phases=tuple(phases),
+        step_peak_bytes=None if xla is None else xla.peak_bytes,
+        device_peak_bytes=device_peak_bytes(),
     )
 
 

@@ -98,6 +98,7 @@ def test_report_counts_trees_as_stored():
     assert report.trainable_bytes == 32
     assert report.optimizer_bytes == 64
     assert report.by_source() == {"weights": 32, "adapters": 32, "optimizer": 64, "runtime": 1000}
+    assert (report.step_peak_bytes, report.device_peak_bytes) == (None, None)
     assert report.peak_rss_bytes > MIB
 
 
