@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 SHAPE = "shape:"
+OF_THE_CPU = "--dry-run and --memory count the memory of a process that computes on the CPU"
 
 
 class Subject(NamedTuple):
@@ -51,7 +52,7 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
     from edgejax.cli.finetune import check_sample, load_rows, train_settings
     from edgejax.core.cache import forget_traces
     from edgejax.measure.memory import process_memory
-    from edgejax.plan.process import process_footprint
+    from edgejax.plan.process import bytes_once_opened, process_footprint
     from edgejax.train.programs import compile_programs
 
     for name in ("mesh", "resume"):
@@ -59,8 +60,8 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
             raise ConfigError(f"--dry-run is of a new run on one device; leave out --{name}")
     if jax.default_backend() != "cpu":
         raise ConfigError(
-            f"--dry-run and --memory count the memory of a process that computes on the CPU, and this one does on "
-            f"{jax.devices()[0].device_kind}; `edgejax plan --device this` is of its memory, JAX_PLATFORMS=cpu chooses the CPU"
+            f"{OF_THE_CPU}, and this one does on {jax.devices()[0].device_kind}: JAX_PLATFORMS=cpu chooses the CPU, and "
+            "`edgejax plan --device this` is of the other's memory, where it says how much it has"
         )
     subject = _open(options)
     rows = None
@@ -69,8 +70,7 @@ def dry_run(options: argparse.Namespace, lora: "LoraConfig | None", *, keeps_pro
         rows = load_rows(options, subject.tokenizer, subject.config).train
     elif options.epochs is not None:
         raise ConfigError("--epochs counts rows, and rows need the model's tokenizer; give --steps")
-    memory = process_memory()  # before anything is compiled
-    opened = memory.anonymous_bytes or memory.peak_rss_bytes
+    opened = bytes_once_opened(process_memory())  # before anything is compiled
     settings = train_settings(options, rows)
     params = subject.source or subject.params
     programs = compile_programs(subject.config, params, settings, lora, options.seq)

@@ -213,6 +213,10 @@ def check_options(options: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--mode full trains all parameters and has no adapters: leave out {', '.join('--' + n for n in unused)}"
             )
+        if options.base not in ("auto", "bf16", "f32"):
+            raise ConfigError(
+                f"--mode full trains weights in bf16 or f32: --base {options.base} is of frozen ones"
+            )
     if options.epochs is not None and not (options.epochs > 0 and math.isfinite(options.epochs)):
         raise ConfigError(f"--epochs must be above 0, not {options.epochs:g}")
     if options.batch < 1 or options.accumulate < 1:

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgejax.cli.dry_run import SHAPE
@@ -122,12 +121,11 @@ def plan_for_host(args: argparse.Namespace, place: Place, note: Callable[[str], 
 
 
 def _footprints(model: str, candidates: "Sequence[Candidate]") -> "Iterator[Footprint | str]":
-    # A program that is kept already would not say what compiling it takes.
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield from pool.map(partial(_footprint, model, Path(folder)), candidates)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        yield from pool.map(partial(_footprint, model), candidates)
 
 
-def _footprint(model: str, programs: Path, candidate: "Candidate") -> "Footprint | str":
+def _footprint(model: str, candidate: "Candidate") -> "Footprint | str":
     import dataclasses
 
     from edgejax.plan import Footprint
@@ -139,6 +137,10 @@ def _footprint(model: str, programs: Path, candidate: "Candidate") -> "Footprint
     else:  # whose sample takes less than a step
         options["sample_tokens"] = 0
     try:
-        return Footprint.from_json(dry_run_of(options, programs=programs)[0])
+        with (
+            tempfile.TemporaryDirectory() as empty
+        ):  # a program that is kept already would not say what compiling takes
+            environment = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": empty}
+            return Footprint.from_json(dry_run_of(options, environment=environment)[0])
     except ConfigError as error:
         return str(error)

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from edgejax.cli.dry_run import OF_THE_CPU
 from edgejax.cli.other_process import TooLarge, dry_run_of, packed_file, words_of
 from edgejax.core.errors import ConfigError
 from edgejax.core.units import format_bytes
 from edgejax.devices.budget import parse_budget
 
-# Below it, steps are compiled with small code: without, 540 to 680 MB (whole) and 716 to 869 (layerwise) have been seen.
+# Below it, steps are compiled with small code: without, 512 to 685 MB (whole) and 716 to 869 (layerwise) have been seen.
 COMPILING_BYTES = {
     "whole": 750_000_000,
     "layerwise": 950_000_000,
@@ -101,6 +102,8 @@ def choose_within(options: argparse.Namespace, given: Mapping[str, Any]) -> argp
             failed.append((schedule, f"{error}: {describe(chosen)}"))
             continue
         except ConfigError as error:
+            if OF_THE_CPU in str(error):
+                raise
             failed.append((schedule, str(error)))
             continue
         if not keeps_programs:

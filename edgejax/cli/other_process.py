@@ -26,13 +26,15 @@ class TooLarge(ConfigError):
 
 
 def dry_run_of(
-    options: Mapping[str, Any], limit_bytes: int | None = None, programs: Path | None = None
+    options: Mapping[str, Any],
+    limit_bytes: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """The footprint of a run (JSON), and whether its programs were kept, from ``edgejax finetune --dry-run``.
 
     Args:
       options: of ``edgejax finetune``; those that are missing are its defaults.
-      limit_bytes, programs: see ``run_edgejax``.
+      limit_bytes, environment: see ``run_edgejax``.
 
     Raises:
       TooLarge: it reached the limit.
@@ -40,7 +42,7 @@ def dry_run_of(
     """
     about = {name: value for name, value in options.items() if name not in _NOT_OF_A_DRY_RUN}
     said = run_edgejax(
-        ["finetune", *words_of(about), "--dry-run", "--json", "--quiet"], limit_bytes, programs
+        ["finetune", *words_of(about), "--dry-run", "--json", "--quiet"], limit_bytes, environment
     )
     answer = json.loads(said.strip().splitlines()[-1])
     return answer["footprint"], answer["keeps_programs"]
@@ -95,22 +97,26 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def run_edgejax(words: Sequence[str], limit_bytes: int | None = None, programs: Path | None = None) -> str:
+def run_edgejax(
+    words: Sequence[str], limit_bytes: int | None = None, environment: Mapping[str, str] | None = None
+) -> str:
     """What ``edgejax`` prints in a process of its own.
 
     Args:
       words: its arguments.
       limit_bytes: it is ended when it has almost as much (looked at every 5 ms; Linux).
-      programs: the folder of its compile cache; None: as it chooses.
+      environment: variables that it has beside, or instead of, this process's.
 
     Raises:
       TooLarge: it was ended.
       ConfigError: it failed.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as complaints, tempfile.TemporaryFile("w+") as said:
-        environment = os.environ | ({} if programs is None else {"JAX_COMPILATION_CACHE_DIR": str(programs)})
         process = subprocess.Popen(
-            [sys.executable, "-m", "edgejax", *words], stdout=said, stderr=complaints, env=environment
+            [sys.executable, "-m", "edgejax", *words],
+            stdout=said,
+            stderr=complaints,
+            env=os.environ | dict(environment or {}),
         )
         try:
             while process.poll() is None:

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import sys
-from functools import partial
 from typing import TYPE_CHECKING
 
 from edgejax.cli.options import BASES, DEFAULT_MODEL, whole_number
@@ -70,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan, progress on standard error; returns 0, or 2 where nothing fits.
 
     Raises:
-      ConfigError, WeightsError: as ``plan.plan_for_card`` and ``host_plan.plan_for_host``; an unknown device.
+      ConfigError, WeightsError: as ``plan.plan_for_card``, ``plan.plan_for_accelerator`` and ``host_plan.plan_for_host``; an
+        unknown device.
     """
     from edgejax.cli.host_plan import HERE, find_place, plan_for_host
     from edgejax.cli.options import check_step_size
@@ -84,21 +84,19 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "--base and --rank are of LoRA; with --full the plan compares how weights can be held"
         )
-    accelerator = find_accelerator() if args.device.lower() in HERE else None
-    place = find_place(args.device) if accelerator is None else None
-    if place is None:
-        plan_for = partial(plan_for_card, find_device(args.device)) if accelerator is None else partial(
-            plan_for_accelerator, accelerator
-        )  # fmt: skip
-        plan = plan_for(
-            args.model, mode=args.mode, base=args.base or "int4", rank=8 if args.rank is None else args.rank,
-            seq=args.seq, batch=args.batch, accumulate=args.accumulate, note=_note,
-        )  # fmt: skip
-    else:
-        plan = plan_for_host(args, place, _note)
+    shared = {
+        "mode": args.mode, "base": args.base or "int4", "rank": 8 if args.rank is None else args.rank, "seq": args.seq,
+        "batch": args.batch, "accumulate": args.accumulate, "note": _note,
+    }  # fmt: skip
     amount = None
-    if place is not None:
+    accelerator = find_accelerator() if args.device.lower() in HERE else None
+    if accelerator is not None:
+        plan = plan_for_accelerator(accelerator, args.model, **shared)
+    elif (place := find_place(args.device)) is not None:
+        plan = plan_for_host(args, place, _note)
         amount = shlex.quote(args.device) if is_budget(args.device) else f"{place.memory_bytes // 10**6}MB"
+    else:
+        plan = plan_for_card(find_device(args.device), args.model, **shared)
     print(json.dumps(plan.to_json()) if args.json else as_text(plan, amount))
     if args.picture is not None:
         write_picture(args.picture, plan)

@@ -36,6 +36,8 @@ def open_model(name: str, base: "Base", adapter: Path | None = None, *, on_host:
     from edgejax.weights.load import load_model
 
     model = load_model(name, base=base, on_host=on_host)
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr)
     if adapter is None:
         return Opened(model, {}, None)
     folder = adapter_folder(adapter)

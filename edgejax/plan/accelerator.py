@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,10 @@ from edgejax.plan.candidate import Candidate, abstract_model
 from edgejax.plan.footprint import Footprint, compile_footprint
 from edgejax.plan.search import Plan, candidates_for, find_options, make_plan
 from edgejax.plan.store import FootprintStore
+
+# Contexts and libraries are beside what the allocator may take; its gaps, and the scratch of choosing kernels, are not.
+RESERVED = 0.05  # not measured: no accelerator was at hand
+_FAILURES = (EdgejaxError, RuntimeError, ValueError, TypeError)  # of a step that cannot be compiled
 
 
 def find_accelerator() -> Any | None:
@@ -53,7 +58,7 @@ def plan_for_accelerator(
     config, _ = abstract_model(model, candidates[0].held_base)
 
     def find(candidates: Sequence[Candidate]):
-        return find_options(model, candidates, _footprints, store, note)
+        return find_options(model, candidates, partial(_footprints, device), store, note)
 
     return make_plan(
         model,
@@ -62,20 +67,15 @@ def plan_for_accelerator(
         find,
         device=device.device_kind,
         memory_bytes=memory.limit_bytes,
-        reserve_bytes=0,  # the limit is the allocator's: contexts and libraries have theirs beside it
+        reserve_bytes=round(RESERVED * memory.limit_bytes),
         evidence=f"compiled on {device.device_kind} (buffer assignment)",
     )
 
 
-def _footprints(model: str, candidates: Sequence[Candidate]) -> Iterator[Footprint | str]:
+def _footprints(device: Any, model: str, candidates: Sequence[Candidate]) -> Iterator[Footprint | str]:
     for candidate in candidates:
         try:
-            yield compile_footprint(candidate, *abstract_model(model, candidate.held_base))
-        except (
-            EdgejaxError,
-            RuntimeError,
-            ValueError,
-            NotImplementedError,
-        ) as error:  # it cannot be compiled
+            yield compile_footprint(candidate, *abstract_model(model, candidate.held_base), device=device)
+        except _FAILURES as error:
             yield (str(error).splitlines() or [type(error).__name__])[0]
         forget_traces()

@@ -1,10 +1,10 @@
 """Making quantised arrays, on the host in numpy, one leaf at a time.
 
 Rounding is to the nearest code. ``int8`` is symmetric (scale = max |w| / 127), ``int4`` is affine (scale =
-(max - min) / 15, minimum = min), ``ternary`` has the one scale with which the squares of a block's errors are least. Scales are float16 as in GGUF's Q8_0 and Q4_1, rounded away from zero so that the
-largest weight keeps a code, and codes are chosen for the *stored* scale: the error of a weight of 4 or 8 bits is at most half of
-it. A leaf with a block whose scale would have fewer than 4 bits in float16 (below 2**-20), or would overflow,
-has float32 scales.
+(max - min) / 15, minimum = min), ``ternary`` has the scale with which the squares of a block's errors are least.
+Scales are float16 as in GGUF's Q8_0 and Q4_1, rounded away from zero so that the largest weight keeps a code, and
+codes are chosen for the *stored* scale: the error of a weight in 4 or 8 bits is at most half of it. A leaf with a
+block whose scale would have fewer than 4 bits in float16 (below 2**-20), or would overflow, has float32 scales.
 """
 
 import math
@@ -69,7 +69,7 @@ def quantize_int4(weights: np.ndarray, block: int = DEFAULT_BLOCK) -> QuantizedA
 
 
 def quantize_ternary(weights: np.ndarray, block: int | None = None) -> QuantizedArray:
-    """-scale, 0 or scale, with the least squared error of a block: weights that are so already stay as they are.
+    """-scale, 0 or scale, with the least squared error of a block: weights that are so already stay so, their scale in float16.
 
     With the k largest magnitudes of a block kept, the best scale is their mean m_k, and k m_k^2 is what the squared error is
     less than without any; the best k is found by trying all (problem: Li and Liu, "Ternary Weight Networks", arXiv
@@ -84,7 +84,7 @@ def quantize_ternary(weights: np.ndarray, block: int | None = None) -> Quantized
       >>> held.dequantize()[0, :4].tolist(), held.block
       ([0.5, -0.5, 0.0, 0.5], 32)
     """
-    blocks = _blocks(weights, block or ternary_block(weights.shape[-1]))
+    blocks = _blocks(weights, ternary_block(weights.shape[-1]) if block is None else block)
     largest_first = -np.sort(-np.abs(blocks), axis=-1)
     total = np.cumsum(largest_first, axis=-1, dtype=np.float64)
     count = np.arange(1, blocks.shape[-1] + 1)

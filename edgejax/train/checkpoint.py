@@ -128,8 +128,6 @@ class Checkpoints:
                 manager.wait_until_finished()
             for folder in (self.folder, self.folder.parent):
                 _fsync_folder(folder)
-            release_freed_memory()
-            release_library_code()
         except _UNREADABLE as error:
             self.close()
             self._remove_unfinished()
@@ -143,6 +141,8 @@ class Checkpoints:
                 f"{kept}. Free space or make the folder writable, then resume."
             ) from error
         self.last_saved = step
+        release_freed_memory()
+        release_library_code()
         shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
     def restore(self, template: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:

@@ -140,7 +140,7 @@ def finetune(
             check_same_run(folder.config, config, progress.note)
         check_counted(held_out, settings.eval_rows)
         phases = [phase_memory("opening")]
-        programs, loaded = _compile(model, train, settings, lora, phases)
+        programs, loaded = _compile(model, train, settings, lora, phases, progress.note)
         streamed = settings.schedule == "streamed"
         base: ModelLike | OpenedLike = loaded
         gives_away = lora is None and isinstance(model, OpenedLike)
@@ -237,6 +237,7 @@ def _compile(
     settings: TrainSettings,
     lora: LoraConfig | None,
     phases: list[PhaseMemory],
+    note: Callable[[str], object],
 ) -> tuple[Programs, ModelLike]:
     """The programs, and the model with its weights: read after compiling, where they were not read before."""
     streamed = settings.schedule == "streamed"
@@ -253,6 +254,8 @@ def _compile(
     phases.append(phase_memory("compiling"))
     takes_over = lora is None and programs.mesh is None  # leaf by leaf, from the host's memory
     loaded = model.load(on_host=True) if takes_over else model.load()
+    for text in loaded.notes:
+        note(text)
     release_freed_memory()
     if not programs.fit(loaded.params):  # scales that float16 cannot hold
         programs = compile_programs(loaded.config, loaded.params, settings, lora, train.seq_length)

@@ -33,6 +33,9 @@ BASES: tuple[Base, ...] = ("auto", "int8", "int4", "ternary", "bf16", "f32")
 CHUNK_WEIGHTS = 1 << 20  # read and converted at a time: 4 MB as float32
 BLOCK = 32
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_LOST = "of the norm of its weights is lost in ternary codes"
+_LOST_ENOUGH = 0.05  # of the norm; float16 scales alone lose 0.0005
+_JUDGED_ROWS = 64
 _ALIGNMENT = 64  # bytes; device_put on the CPU takes aligned host arrays without a copy
 _CODE_BITS = {"int8": 8, "int4": 4, "ternary": TERNARY}
 _QUANTIZE: dict[int, Callable[..., QuantizedArray]] = {
@@ -118,6 +121,7 @@ def load_matrix(
     """
     layers = leaf_layers(leaf, n_layers)
     plan = plan_matrix(source, leaf, layers, base, notes)
+    note_what_is_lost(source, leaf, plan, notes)
     out = _allocate(plan.form, (len(layers), *leaf.shape))
     for layer in layers:
         for rows, piece in matrix_pieces(source, leaf, layer, plan):
@@ -141,6 +145,19 @@ def matrix_pieces(
         _check_finite(source, leaf, layer, piece)
         piece = plan.quantize(wide(piece)) if plan.quantize else convert(piece, plan.form)
         yield slice(start, stop) if order is None else order[start:stop], piece
+
+
+def note_what_is_lost(source: LeafSource, leaf: LeafName, plan: "MatrixPlan", notes: list[str]) -> None:
+    """A note, once, where weights that are made ternary were not trained to be so; judged by the first rows of a leaf."""
+    if plan.form.bits != TERNARY or plan.quantize is None or any(_LOST in note for note in notes):
+        return
+    piece = wide(source.rows(leaf, 0, 0, min(_JUDGED_ROWS, leaf.shape[0])))
+    _check_finite(source, leaf, 0, piece)
+    lost = np.linalg.norm(wide(plan.quantize(piece)) - piece) / max(
+        np.linalg.norm(piece), FLOAT32.type(1e-30)
+    )
+    if lost > _LOST_ENOUGH:
+        notes.append(f"{'.'.join(leaf.path)}: {lost:.0%} {_LOST}; they are for models that were trained so")
 
 
 def abstract_leaf(source: LeafSource, leaf: LeafName, n_layers: int, base: Base) -> PyTree:
@@ -195,8 +212,9 @@ def plan_matrix(
     joined = join_forms(forms)
     name = ".".join(leaf.path)
     if base == "ternary" and leaf.kind == "table":  # which models with ternary weights have in more bits
-        base = "int8"
-    if base == "auto" or (base in _CODE_BITS and _CODE_BITS[base] == joined.bits):
+        base = "int8" if joined.bits is None else "auto"
+    # Ternary codes in more bits would have no zero.
+    if base == "auto" or (base in _CODE_BITS and joined.bits in (TERNARY, _CODE_BITS[base])):
         if len(set(forms)) > 1:
             types = sorted({source.type_name(leaf, layer) for layer in layers})
             notes.append(f"{name}: layers mix {', '.join(types)}; held exactly, as {joined}")

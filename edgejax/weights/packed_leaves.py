@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from edgejax.quant import TERNARY, QuantizedArray
+from edgejax.quant import TERNARY, QuantizedArray, codes_per_word
 from edgejax.weights.form import Form, form_of
 from edgejax.weights.leaves import layout, leaf_layers
 from edgejax.weights.names import LeafName, leaf_names
@@ -91,7 +91,13 @@ def _checked_form(leaf: LeafName, parts: Any) -> Form | None:
     scale = parts.scale
     if len(leaf.shape) != 2 or len(scale.shape) != 2 or not scale.shape[1] or not parts.bits:
         return None
-    if scale.dtype.name not in ("float32", "float16") or leaf.shape[1] % scale.shape[1]:
+    if (
+        scale.dtype.name not in ("float32", "float16")
+        or leaf.shape[1] % scale.shape[1]
+        or leaf.shape[1] % codes_per_word(parts.bits)
+    ):
+        return None
+    if parts.bits == TERNARY and parts.minimum is not None:
         return None
     form = Form(
         bits=parts.bits,

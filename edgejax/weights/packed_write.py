@@ -27,6 +27,7 @@ from edgejax.weights.leaves import (
     check_base,
     leaf_layers,
     matrix_pieces,
+    note_what_is_lost,
     plan_matrix,
     read_vector,
 )
@@ -99,7 +100,9 @@ def write_packed(
 def _plan(reader: LeafReader, leaf: LeafName, base: Base, notes: list[str]) -> MatrixPlan:
     if leaf.kind in ("norm", "bias"):
         return MatrixPlan(float_form(FLOAT32))
-    return plan_matrix(reader, leaf, leaf_layers(leaf, reader.config.n_layers), base, notes)
+    plan = plan_matrix(reader, leaf, leaf_layers(leaf, reader.config.n_layers), base, notes)
+    note_what_is_lost(reader, leaf, plan, notes)
+    return plan
 
 
 def _in_order(reader: LeafReader) -> list[tuple[LeafName, int]]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lengths import longest
+from lengths import SPARE, longest
 
 from edgejax.measure.tables import newest, with_table
 
@@ -55,7 +55,7 @@ def render_sequences(path: Path | None) -> str:
     return f"""\
 Compiled for {config["compiled_for"]} (buffer assignment of {plugin} {version}), nothing measured: \
 [{path.name}](sequences/{path.name}). One row a step; {_gib(config["reserve_bytes"])} GiB of each card are left for what no \
-buffer assignment sees. Cells: the longest row that fits, ours / the usual step in bfloat16; "all" is the model's context, \
+buffer assignment sees, and {SPARE:.0%} of the rest for the error of the lines. Cells: the longest row that fits, ours / the usual step in bfloat16; "all" is the model's context, \
 "no" not even 128 positions.
 
 {(chr(10) * 2).join(tables)}
@@ -89,7 +89,9 @@ def _sequences_table(
         ]  # fmt: skip
         cells = [
             " / ".join(
-                _longest(row, size - config["reserve_bytes"]) for row in (ours, usual) if row is not None
+                _longest(row, (1 - SPARE) * (size - config["reserve_bytes"]))
+                for row in (ours, usual)
+                if row is not None
             )
             for size in by_memory
         ]
@@ -103,14 +105,14 @@ def _at_1024(row: dict[str, Any]) -> dict[str, Any]:
     return next(point for point in row["points"] if point["seq"] == 1024)
 
 
-def _longest(row: dict[str, Any], budget_bytes: int) -> str:
+def _longest(row: dict[str, Any], budget_bytes: float) -> str:
     found = longest(row["points"], budget_bytes, row["context"], parabola=row["side"] != "ours").seq
     return "no" if not found else "all" if found == row["context"] else str(found)
 
 
 def _checks(checks: list[dict[str, Any]]) -> str:
     lines = [
-        "Compiled again at the length that was found, for the card itself:",
+        "Compiled again at the length that was found without that spare, for the card itself:",
         "",
         "| card | model | trained | step | positions | predicted, GiB | compiled, GiB | off by |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,9 +1,11 @@
 """``y = x W^T`` for the few rows of cached decoding, where reading the weight is all the work.
 
-Widening the weight first costs 1% where rows are many; with one row it is nearly all there is to do. Here packed codes are multiplied as
-they are unpacked and the affine map is applied to sums of a block:
+Widening the weight first costs 1% where rows are many; with one row it is nearly all there is to do. Here packed codes
+are multiplied as they are unpacked and the affine map is applied to sums of a block:
 
     y[n, o] = sum_q ( scale[o, q] sum_{i in q} code[o, i] x[n, i]  +  minimum[o, q] sum_{i in q} x[n, i] )
+
+Ternary codes are taken as they are stored, 0, 1 and 2, with -scale for their minimum.
 
 The codes of a word are taken one position at a time, so that every step runs along contiguous words and nothing
 wider than a row of words is written (measured on two AVX2 cores: 0.26 ns a weight against 1.75).
@@ -42,7 +44,6 @@ def few_rows_matmul(x: Float[Array, "N I"], weight: Weight) -> Float[Array, "N O
 def _packed(x: Float[Array, " I"], weight: QuantizedArray) -> Float[Array, " O"]:
     n_out, n_words = weight.codes.shape
     n_codes = codes_per_word(weight.bits)
-    # Ternary codes are stored from 0 on, so their minimum is -scale.
     minimum = -weight.scale if weight.bits == TERNARY else weight.minimum
     n_blocks = weight.scale.shape[-1]
     # Without the barrier XLA makes x again (norms, gates) for every output that it is multiplied into.

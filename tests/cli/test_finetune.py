@@ -260,6 +260,14 @@ def test_a_run_of_another_program_is_not_resumed(tmp_path, config):
         merge_options({"resume": True}, tmp_path)
 
 
+def test_what_ternary_codes_lose_is_said(folder, capsys, tmp_path):
+    assert finetune(folder, "--base", "ternary", "--out", str(tmp_path / "run")) == 0
+    assert "of the norm of its weights is lost in ternary codes" in capsys.readouterr().err
+    command = ["eval", "--model", str(folder / "model"), "--data", str(folder / "text.jsonl"), "--seq", "32"]
+    assert main([*command, "--base", "ternary", "--max-rows", "2"]) == 0
+    assert "of the norm of its weights is lost in ternary codes" in capsys.readouterr().err
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -267,6 +275,8 @@ def test_a_run_of_another_program_is_not_resumed(tmp_path, config):
         (["--schedule", "nope"], "nope"),
         (["--mode", "full", "--rank", "4"], "leave out --rank"),
         (["--mode", "full", "--targets", "q_proj"], "leave out --targets"),
+        (["--mode", "full", "--base", "ternary"], "--base ternary is of frozen ones"),
+        (["--mode", "full", "--base", "int8"], "--base int8 is of frozen ones"),
         (["--epochs", "0"], "above 0"),
         (["--epochs", "nan"], "above 0"),
         (["--batch", "0"], "--batch 0"),

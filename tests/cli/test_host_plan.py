@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree
+from pathlib import Path
 
 import pytest
 
@@ -20,8 +21,11 @@ def planned(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("EDGEJAX_CACHE", str(tmp_path))
     asked = []
 
-    def dry_run_of(options, limit_bytes=None, programs=None):
-        assert not list(programs.iterdir())  # what compiling takes is not known of a program that was kept
+    def dry_run_of(options, limit_bytes=None, environment=None):
+        assert environment["JAX_PLATFORMS"] == "cpu"  # whose memory it is, wherever JAX computes
+        kept = Path(environment["JAX_COMPILATION_CACHE_DIR"])
+        assert not list(kept.iterdir())  # what compiling takes is not known of a program that was kept
+        (kept / "program").touch()
         asked.append(options)
         if options["schedule"] == "whole" and options["boundaries"] == "int8":
             raise ConfigError("it went wrong")

@@ -178,6 +178,17 @@ def test_an_error_of_one_setting_is_passed_over_and_one_of_all_is_not_repeated(m
 
     tries = []
 
+    def on_a_card(options, limit_bytes=None):
+        tries.append(options)
+        raise ConfigError(f"{memory_budget.OF_THE_CPU}, and this one does on a card")
+
+    monkeypatch.setattr(memory_budget, "dry_run_of", on_a_card)
+    with pytest.raises(ConfigError, match="on a card"):
+        choose("2GB")
+    assert len(tries) == 1  # nothing is packed for the streamed schedule
+
+    tries = []
+
     def never(options, limit_bytes=None):
         tries.append(options)
         raise ConfigError("no such model")

@@ -161,6 +161,12 @@ def test_code_of_libraries_is_given_back_and_still_runs():
 
 
 @pytest.mark.quick
+def test_nothing_is_given_back_where_the_system_does_not_tell(monkeypatch, tmp_path):
+    monkeypatch.setattr(allocator, "_MAPS", tmp_path / "none")
+    assert allocator.release_library_code() == 0
+
+
+@pytest.mark.quick
 def test_only_code_that_cannot_be_written_is_given_back():
     lines = [
         "1000-2000 r-xp 00000000 08:01 7    /lib/a b.so", "2000-3000 rwxp 00000000 08:01 7    /lib/a b.so",

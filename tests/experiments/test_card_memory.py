@@ -72,7 +72,8 @@ def module_of(monkeypatch):
         return module
 
     yield load
-    sys.modules.pop("lengths", None)
+    for name in ("lengths", "measure"):
+        sys.modules.pop(name, None)
 
 
 def test_the_readme_has_the_tables_of_the_newest_results(module_of):
@@ -81,7 +82,8 @@ def test_the_readme_has_the_tables_of_the_newest_results(module_of):
 
 
 def test_examples_of_the_longest_row(module_of):
-    assert doctest.testmod(module_of("lengths")).failed == 0
+    for name in ("lengths", "sequences"):
+        assert doctest.testmod(module_of(name)).failed == 0
 
 
 @pytest.mark.parametrize("parabola", [False, True])
@@ -105,13 +107,23 @@ def test_the_longest_row_is_the_last_that_fits(parabola, fixed, each, pair, budg
         assert found.n_bytes == pytest.approx(size(found.seq), rel=1e-6, abs=1e3)
 
 
-def test_what_was_found_is_true_for_the_cards_that_were_asked():
-    """Compiled again at the length that was found, the step takes what was said of it, and fits where it is ours."""
+def test_beyond_the_first_that_is_too_long_nothing_is_looked_at(module_of):
+    points = [
+        {"seq": 512, "peak_bytes": 100},
+        {"seq": 1024, "peak_bytes": 190},
+        {"seq": 2048, "peak_bytes": 340},
+    ]
+    found = module_of("lengths").longest(points, 341, 32768, parabola=True)  # which comes down again
+    assert found == (2048, 340)
+
+
+def test_what_was_found_is_true_for_the_cards_that_were_asked(module_of):
+    """Compiled for the card itself, the step of the length that was found takes at most what is left for errors above what was said."""
     record = json.loads(newest(FOLDER / "sequences").read_text(encoding="utf-8"))
     checks = [one for one in record["results"]["checks"] if one["seq"]]
     assert len(checks) >= 8
+    assert {one["side"] for one in checks} == {"ours", "usual, bfloat16"}
     for one in checks:
         budget = record["config"]["cards"][one["card"]] - record["config"]["reserve_bytes"]
         assert one["predicted_bytes"] <= budget
-        if one["side"] == "ours":
-            assert one["compiled_bytes"] == pytest.approx(one["predicted_bytes"], rel=0.03)
+        assert one["compiled_bytes"] <= (1 + module_of("lengths").SPARE) * one["predicted_bytes"]

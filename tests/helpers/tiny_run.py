@@ -40,6 +40,7 @@ class Model:
     config: ModelConfig
     params: dict
     source: Source = dataclasses.field(default_factory=Source)
+    notes: tuple[str, ...] = ()
 
 
 def make_model(seed: int = 7, config: ModelConfig = CONFIG, **source) -> Model:

@@ -214,7 +214,7 @@ def layer_sum(product, x, stack):
     return out.sum()
 
 
-@pytest.mark.parametrize("form", ["int8", "int4", "bf16"])
+@pytest.mark.parametrize("form", ["int8", "int4", "ternary", "bf16"])
 @pytest.mark.parametrize("n_rows", [1, 6])
 def test_a_scan_over_stacked_weights_is_the_loop_over_them(form, n_rows):
     stack = FORMS[form](random(3, N_IN, N_IN, seed=1))
@@ -269,7 +269,7 @@ def with_adapter(x, weight):
     return lora_matmul(x, weight, jnp.ones((RANK, width)), jnp.ones((width, RANK)), SCALING)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["int8", "int4", "ternary"])
 @pytest.mark.parametrize("product", [quant_matmul, with_adapter])
 def test_no_wide_copy_of_the_stack_is_kept_for_the_backward_pass(product, form):
     assert temp_bytes_per_weight_byte(product, form) < 0.5

@@ -9,7 +9,7 @@ import pytest
 from edgejax.cli import main as program
 from edgejax.core.errors import ConfigError
 from edgejax.measure.memory import device_memory, device_peak_bytes
-from edgejax.plan import accelerator, find_accelerator, plan_for_accelerator
+from edgejax.plan import accelerator, compile_footprint, find_accelerator, plan_for_accelerator
 
 pytestmark = pytest.mark.quick
 MIB = 2**20
@@ -55,22 +55,29 @@ def test_memory_of_a_device(present):
 
 def test_a_plan_within_what_the_allocator_may_take(present, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("EDGEJAX_CACHE", str(tmp_path))
-    present(device(limit=3 * MIB))
+    present(found := device(limit=3 * MIB))
+
+    def compiled_here(*arguments, device):
+        assert device is found
+        return compile_footprint(*arguments)
+
+    monkeypatch.setattr(accelerator, "compile_footprint", compiled_here)
     words = ["plan", "--device", "this", "--model", "tiny", "--seq", "128", "--base", "int8", "--json"]
     code = program.main(words)
     plan = json.loads(capsys.readouterr().out)
     assert plan["device"] == "Some GPU"
-    assert plan["budget_bytes"] == plan["memory_bytes"] == 3 * MIB
+    assert plan["memory_bytes"] == 3 * MIB
+    assert plan["budget_bytes"] == 3 * MIB - round(accelerator.RESERVED * 3 * MIB)
     assert plan["evidence"] == "compiled on Some GPU (buffer assignment)"
     fits = {one["options"]: one["fits"] for one in plan["candidates"]}
     assert len(fits) == 4
     for one in plan["candidates"]:
-        assert one["fits"] == (one["peak_bytes"] <= 3 * MIB)
+        assert one["fits"] == (one["peak_bytes"] <= plan["budget_bytes"])
         assert one["sources_bytes"]["optimizer"] > 0
         assert "Python, JAX and data" not in one["sources_bytes"]  # which are not in the device's memory
     assert code == (0 if any(fits.values()) else 2)
 
-    def never(*arguments):
+    def never(*arguments, device):
         raise AssertionError("it was kept")
 
     monkeypatch.setattr(accelerator, "compile_footprint", never)
@@ -81,7 +88,7 @@ def test_a_plan_within_what_the_allocator_may_take(present, monkeypatch, tmp_pat
 def test_what_cannot_be_compiled_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("EDGEJAX_CACHE", str(tmp_path))
 
-    def broken(candidate, config, params):
+    def broken(candidate, config, params, device):
         raise RuntimeError("no registers are left\nand more")
 
     monkeypatch.setattr(accelerator, "compile_footprint", broken)

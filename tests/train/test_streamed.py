@@ -44,10 +44,12 @@ def on_device(source):
 RATES = dict.fromkeys(CONFIGS, 1e-2) | {"gemma3": 1e-3}
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_adapters_are_those_of_whole_after_five_steps(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "base"), [*((family, "int4") for family in CONFIGS), ("qwen3", "ternary")]
+)
+def test_adapters_are_those_of_whole_after_five_steps(family, base, tmp_path):
     config, lora = CONFIGS[family], LORAS["all"]
-    source = packed(config, tmp_path / "m.ejx")
+    source = packed(config, tmp_path / "m.ejx", base)
     adapters, optimizer = random_adapters(config, lora), adamw(RATES[family], **RATE)
     batches = [batch(config, seed, SHAPE) for seed in range(5)]
     decoder = Decoder(config, lora)

@@ -1,6 +1,7 @@
 """Packed files that are damaged, foreign, hostile or changed while in use: always a ``WeightsError`` that says so."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -272,6 +273,25 @@ def test_blocks_that_do_not_divide_a_row():
         codes = Part("codes", np.dtype(np.uint32), (leaf.shape[0], 8), 0)
         scale = Part("scale", np.dtype(np.float16), (leaf.shape[0], columns), 0)
         assert (_checked_form(leaf, QuantizedArray(codes, scale, None, bits=4)) is not None) is is_good
+
+
+@pytest.mark.parametrize(
+    ("width", "n_words", "bits", "minimum", "is_good"),
+    [
+        (64, 8, 4, True, True),
+        (64, 4, 2, False, True),
+        (64, 4, 2, True, False),  # which one product would add and another not
+        (72, 4, 2, False, False),  # the last words are not full
+        (68, 8, 4, False, False),
+    ],
+)
+def test_codes_that_do_not_fill_a_row(width, n_words, bits, minimum, is_good):
+    leaf = next(leaf for leaf in leaf_names(CONFIG) if leaf.kind == "linear" and leaf.shape[1] == 64)
+    leaf = dataclasses.replace(leaf, shape=(leaf.shape[0], width))
+    codes = Part("codes", np.dtype(np.uint32), (leaf.shape[0], n_words), 0)
+    scale = Part("scale", np.dtype(np.float16), (leaf.shape[0], 2), 0)
+    held = QuantizedArray(codes, scale, scale if minimum else None, bits=bits)
+    assert (_checked_form(leaf, held) is not None) is is_good
 
 
 def test_the_helper_makes_good_files(whole, tmp_path):

@@ -102,6 +102,47 @@ def test_a_packed_gguf_file_holds_what_the_file_is_loaded_as(kind, tmp_path):
     assert (again.config, again.notes) == (model.config, model.notes)
 
 
+@pytest.mark.parametrize("trained_so", [False, True])
+def test_weights_that_ternary_codes_cannot_hold_are_noted_once(trained_so, tmp_path):
+    config = tiny("llama", width=256)
+    tensors = hf_tensors(config)
+    if trained_so:
+        tensors = {name: np.sign(x) * np.float32(0.02) if x.ndim == 2 else x for name, x in tensors.items()}
+    folder = write_hf(tmp_path / "m", hf_settings(config), tensors)
+    model = load_model(folder, base="ternary", on_host=True)
+    assert model.params["blocks"]["up_proj"]["kernel"].bits == 2
+    assert model.params["blocks"]["up_proj"]["kernel"].block == 256
+    assert model.params["embed"]["table"].bits == 8
+    noted = [note for note in model.notes if "of the norm of its weights is lost in ternary codes" in note]
+    assert len(noted) == (0 if trained_so else 1)
+    assert load_model(pack(folder, tmp_path / "m.ejx", "ternary"), on_host=True).notes == model.notes
+    if trained_so:
+        held = model.params["blocks"]["gate_proj"]["kernel"].dequantize()[1]
+        wanted = tensors["model.layers.1.mlp.gate_proj.weight"]
+        np.testing.assert_allclose(held, wanted, rtol=2.0**-10)
+
+
+def test_what_is_narrow_already_stays_so_where_ternary_is_asked_for(tmp_path):
+    config = tiny("llama", width=256)
+    for kind, bits in ((Type.TQ2_0, 2), (Type.Q4_1, 4), (Type.F16, 8)):
+        source = write_gguf(tmp_path / "m.gguf", config, gguf_tensors(config, kind))
+        model = load_model(source, base="ternary", on_host=True)
+        assert (model.params["embed"]["table"].bits, model.params["blocks"]["q_proj"]["kernel"].bits) == (
+            bits,
+            2,
+        )
+        out = pack(source, tmp_path / "m.ejx", "ternary", overwrite=True)
+        assert_same(load_model(out, base="ternary", on_host=True).params, model.params)
+
+
+@pytest.mark.parametrize("base", ["int4", "int8"])
+def test_ternary_codes_stay_so_where_more_bits_are_asked_for(base, tmp_path):
+    """In 4 bits without a sign there would be no zero."""
+    config = tiny("llama", width=256)
+    source = write_gguf(tmp_path / "m.gguf", config, gguf_tensors(config, Type.TQ2_0))
+    assert_same(load_model(source, base=base, on_host=True).params, load_model(source, on_host=True).params)
+
+
 def test_a_leaf_with_one_tiny_layer_has_wide_scales_in_all(tmp_path):
     config = tiny("llama")
     tensors = hf_tensors(config)
