@@ -53,7 +53,7 @@ class Candidate:
 
     def recipe(self) -> StepRecipe:
         """How its step is computed."""
-        return StepRecipe(
+        return _recipe(
             mode=self.mode,
             schedule=self.schedule,
             optimizer=self.optimizer,
@@ -100,6 +100,9 @@ class Candidate:
             said |= {"accumulate": str(self.accumulate)}
         words = [f"--{name} {value}" for name, value in said.items()]
         return " ".join([*words, *(["--small-code"] if self.small_code else [])])
+
+
+_recipe = functools.cache(StepRecipe)  # some are tried out on small arrays when they are made
 
 
 def is_here(name: str) -> bool:
