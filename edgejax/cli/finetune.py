@@ -286,10 +286,9 @@ def _announce(
     import sys
 
     train, held_out = rows
+    notes = model.reader.notes if settings.schedule == "streamed" else ()  # of others when they are read
     lines = [
-        *(
-            model.reader.notes if settings.schedule == "streamed" else ()
-        ),  # others have more when they are read
+        *notes,
         f"model   {model.source.name}: {model.config.n_params():,} parameters, {model.source.format}",
         f"data    {' '.join(options.data)}: {train.n_documents:,} documents in {train.n_rows:,} rows of "
         f"{train.seq_length} to learn from, {held_out.n_documents:,} in {held_out.n_rows:,} held out",

@@ -133,8 +133,9 @@ def load_model(
       name_or_path: a preset (``edgejax models`` lists them), a ``.gguf`` file, a Hugging Face folder, or a file that
         ``edgejax pack`` made.
       base: how matrices are held: ``"auto"`` exactly as the file has them, or ``"int8"``, ``"int4"``, ``"ternary"``
-        (tables in 8 bits; for models that were trained so), ``"bf16"``, ``"f32"``. Matrices that already have the bits asked for, or are ternary, stay as they are. Norms and biases are float32. A packed
-        file is what it is: it takes ``"auto"``, or what its weights have already.
+        (tables that are not in codes already in 8 bits; for models that were trained so), ``"bf16"``, ``"f32"``. Matrices
+        that already have the bits asked for, or are ternary where other codes are asked for, stay as they are. Norms and
+        biases are float32. A packed file is what it is: it takes ``"auto"``, or what its weights have already.
       need_tokenizer: False leaves the tokenizer unread (a benchmark on made-up tokens needs none).
       on_host: leave numpy arrays; otherwise leaves are put on the default device, on the CPU without a copy.
 
